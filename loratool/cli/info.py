@@ -1,0 +1,55 @@
+"""`loratool info`: what a LoRA file is."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+from loratool.cli._common import complain, out, print_json, told_plainly
+from loratool.core.errors import LoratoolError, UsageError
+
+
+def info(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="LoRA files or PEFT folders.")],
+    keys: Annotated[bool, typer.Option("--keys", help="List every module: names, rank, alpha, shape, dtype.")] = False,
+    metadata: Annotated[bool, typer.Option("--metadata", help="Show all metadata.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    architecture: Annotated[
+        Optional[str], typer.Option("--architecture", metavar="ID", help="Take the model as given (sd15, sdxl, flux, ...).")
+    ] = None,
+) -> None:
+    """Show what a LoRA file is: layout, model, modules, ranks, training facts.
+
+    Reads the header only. Exit 1 if a file is no LoRA or is broken.
+    """
+    from loratool.ops.inspect import inspect
+    from loratool.report import info as report
+
+    infos, failures = [], 0
+    with told_plainly():
+        for file in files:
+            try:
+                infos.append(inspect(file, architecture))
+            except UsageError:
+                raise
+            except LoratoolError as error:
+                failures += 1
+                complain(error)
+        if as_json:
+            found = [report.as_json(one, keys) for one in infos]
+            if len(files) == 1 and found:
+                print_json(found[0])
+            elif len(files) > 1:
+                print_json(found)
+        elif len(files) == 1 and infos:
+            report.show(infos[0], out(), keys, metadata)
+        elif infos:
+            console = out()
+            report.show_many(infos, failures, console)
+            if keys or metadata:
+                for one in infos:
+                    console.print()
+                    report.show(one, console, keys, metadata)
+    if failures:
+        raise typer.Exit(1)

@@ -1,0 +1,122 @@
+"""Architecture: the weights of one model and which program calls them what. A table, no behaviour of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from loratool.core.naming import Naming
+from loratool.core.target import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Voice:
+    """How one layout (or checkpoint) speaks of one component: `prefix` + name in `naming`."""
+
+    prefix: str
+    naming: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One kind of checkpoint of this model: component -> voice. `prefix + tensor_key` is the key in the file."""
+
+    id: str
+    voices: Mapping[str, Voice]
+
+
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """A resolved stem: which voice of which component it is. `targets` is None where no table says them."""
+
+    component: str
+    voice: Voice
+    name: str
+    targets: tuple[Target, ...] | None
+
+    def targets_at(self, shape: tuple[int, ...]) -> tuple[Target, ...]:
+        """The targets; without a table one target of the file's own `shape`."""
+        return self.targets if self.targets is not None else (Target(self.component, self.name, shape),)
+
+
+Namings = Mapping[str, Naming]
+Resolver = Callable[[str], Sequence[Spoken]]
+
+
+class OpenNaming(Naming):
+    """The naming of a model without a table: every name is one target of that name."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    def name_of(self, targets: tuple[Target, ...]) -> str | None:
+        return targets[0].path if len(targets) == 1 else None
+
+
+OPEN_NAMING = OpenNaming()
+
+
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """The targets of one model, their namings, and which layout speaks which naming with which prefix.
+
+    `components` maps a component to the function that builds its namings (id -> Naming); the first one is
+    the canonical (diffusers / transformers) naming. Nothing is built before it is asked for.
+    `writes[layout][component]` is the voice a layout is written in; `reads[layout][component]` more
+    voices that occur in files. `facts` are `ss_*` / `modelspec.*` metadata that are true of every
+    adapter for this model. An `open` architecture has no tables: any name is a target.
+    """
+
+    id: str
+    title: str
+    components: Mapping[str, Callable[[], Namings]]
+    writes: Mapping[str, Mapping[str, Voice]]
+    reads: Mapping[str, Mapping[str, tuple[Voice, ...]]] = field(default_factory=dict)
+    checkpoints: tuple[Checkpoint, ...] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+    open: bool = False
+
+    def namings(self, component: str) -> Namings:
+        """The namings of one component, built once."""
+        return _built(self.components[component])
+
+    def naming(self, component: str, naming: str) -> Naming:
+        """One naming of one component; KeyError if there is none."""
+        return OPEN_NAMING if self.open else self.namings(component)[naming]
+
+    def voices(self, layout: str) -> list[tuple[str, Voice]]:
+        """Every (component, voice) that `layout` may use for this model, the written ones first."""
+        spoken = list(self.writes.get(layout, {}).items())
+        for component, voices in self.reads.get(layout, {}).items():
+            spoken += [(component, voice) for voice in voices]
+        return spoken
+
+    def resolver(self, layout: str, separator: str) -> Resolver:
+        """The function from a key's stem, as `layout` spells it, to everything it may name, best first."""
+        return _resolver(self, layout, separator)
+
+
+@lru_cache(maxsize=None)
+def _built(build: Callable[[], Namings]) -> Namings:
+    return build()
+
+
+@lru_cache(maxsize=None)
+def _resolver(architecture: Architecture, layout: str, separator: str) -> Resolver:
+    voices = architecture.voices(layout)
+    if architecture.open:
+
+        def resolve(stem: str) -> Sequence[Spoken]:
+            fitting = [(c, v) for c, v in voices if stem.startswith(v.prefix) and len(stem) > len(v.prefix)]
+            fitting.sort(key=lambda item: -len(item[1].prefix))  # stable: the first of the longest prefixes wins
+            return [Spoken(component, voice, stem[len(voice.prefix) :], None) for component, voice in fitting]
+
+        return resolve
+
+    table: dict[str, list[Spoken]] = {}
+    for component, voice in voices:
+        for name, targets in architecture.naming(component, voice.naming).items():
+            stem = voice.prefix + (name if separator == "." else name.replace(".", separator))
+            table.setdefault(stem, []).append(Spoken(component, voice, name, targets))
+    return lambda stem: table.get(stem, ())

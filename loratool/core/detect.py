@@ -1,0 +1,150 @@
+"""Detection: which layout and which architecture a bundle is, as a score over all of them."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from loratool.core.adapter import Bundle
+from loratool.core.architecture import Architecture, Spoken
+from loratool.core.errors import FormatError
+from loratool.core.layout import Layout, Parsed, fits
+from loratool.core.registry import architectures, families, layouts
+from loratool.core.target import squeezed
+
+ENOUGH = 0.5
+"""The share of stems that must resolve before a table is believed."""
+
+CLOSE = 0.02
+"""Two architectures whose scores differ by less are a tie."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One reading of a bundle. `resolved` is the share of stems with a name in the tables, `fitting` the share of
+    those whose shape is the standard model's, `consistent` the share of dimensions that one other width explains."""
+
+    layout: Layout
+    architecture: Architecture
+    parsed: Parsed
+    resolved: float
+    fitting: float = 0.0
+    consistent: float = 0.0
+    written: float = 0.0
+
+    @property
+    def score(self) -> float:
+        """Names first; sizes tell apart models that share names; written spellings win over aliases."""
+        return self.resolved * (0.5 + 0.3 * self.fitting + 0.2 * self.consistent) + 0.001 * self.written
+
+
+@dataclass(frozen=True)
+class Detection:
+    """The best reading, and what came nearest."""
+
+    best: Candidate
+    candidates: tuple[Candidate, ...]
+    tie: tuple[str, ...] = ()
+
+    @property
+    def runner_up(self) -> Candidate | None:
+        """The best reading as another architecture, or None."""
+        others = [c for c in self.candidates if c.architecture is not self.best.architecture]
+        return others[0] if others else None
+
+
+def detect(
+    bundle: Bundle, among: Iterable[Architecture] | None = None, layout: str | None = None
+) -> Detection | None:
+    """The best (layout, architecture) for a bundle, or None if no layout knows a single key.
+
+    A table wins if it names at least half of the stems and no other comes as close; else the file is read
+    without a table: names as they stand (`generic`), or flattened ones (`unknown`).
+    """
+    tables = [a for a in (among if among is not None else architectures().values()) if not a.open]
+    keys = list(bundle.tensors)
+    candidates: list[Candidate] = []
+    spellings: list[tuple[Layout, Parsed]] = []
+    for spelling in [layouts()[layout]] if layout else layouts().values():
+        if not any(spelling.split(key) for key in keys[:: max(1, len(keys) // 64)]):
+            continue
+        try:
+            parsed = spelling.parse(keys)
+        except FormatError:
+            if layout or len(layouts()) == 1:
+                raise
+            continue
+        spellings.append((spelling, parsed))
+        candidates += [_candidate(bundle, spelling, parsed, a) for a in tables if a.voices(spelling.id)]
+    candidates = sorted((c for c in candidates if c.resolved > 0), key=lambda c: -c.score)
+    believed = [c for c in candidates if c.resolved >= ENOUGH]
+    if believed:
+        rivals = [c for c in believed if c.score > believed[0].score - CLOSE]
+        ids = dict.fromkeys(c.architecture.id for c in rivals)
+        if len(ids) == 1:
+            return Detection(believed[0], tuple(candidates))
+        return _open(bundle, spellings, tuple(candidates), tuple(ids))
+    return _open(bundle, spellings, tuple(candidates), ())
+
+
+def _open(
+    bundle: Bundle, spellings: list[tuple[Layout, Parsed]], candidates: tuple[Candidate, ...], tie: tuple[str, ...]
+) -> Detection | None:
+    readings = []
+    for spelling, parsed in spellings:
+        for architecture in architectures().values():
+            if architecture.open and architecture.voices(spelling.id):
+                readings.append(_candidate(bundle, spelling, parsed, architecture))
+    readings = sorted((r for r in readings if r.resolved > 0), key=lambda r: -(r.resolved + 0.001 * r.written))
+    return Detection(readings[0], candidates, tie) if readings else None
+
+
+def _candidate(bundle: Bundle, layout: Layout, parsed: Parsed, architecture: Architecture) -> Candidate:
+    written = architecture.writes.get(layout.id, {})
+    total = len(parsed.groups) + len(parsed.unknown)
+    resolved = plain = sized = fitting = 0
+    widths: dict[int, Counter[int]] = defaultdict(Counter)
+    for stem, group in parsed.groups.items():
+        spoken = layout.resolve(stem, architecture, bundle.metadata)
+        if not spoken:
+            continue
+        resolved += 1
+        plain += any(written.get(said.component) == said.voice for said in spoken)
+        shape = _shape(bundle, group.by_family)
+        if shape is None or architecture.open:
+            continue
+        sized += 1
+        best = next((said for said in spoken if said.targets and fits(said.targets, shape)), None)
+        fitting += best is not None
+        _note_widths(best or spoken[0], shape, widths)
+    agreeing = sum(counter.most_common(1)[0][1] for counter in widths.values())
+    noted = sum(sum(counter.values()) for counter in widths.values())
+    return Candidate(
+        layout,
+        architecture,
+        parsed,
+        resolved / total if total else 0.0,
+        fitting / sized if sized else 0.0,
+        agreeing / noted if noted else 0.0,
+        plain / resolved if resolved else 0.0,
+    )
+
+
+def _shape(bundle: Bundle, by_family: Mapping[str, Mapping[str, str]]) -> tuple[int, ...] | None:
+    """Shape of a group's update if its family is known and its factors fit each other."""
+    for family_id, roles in by_family.items():
+        family = families().get(family_id)
+        shapes = {role: bundle.tensors[key].shape for role, key in roles.items()}
+        if family is not None and family.problem(shapes) is None:
+            return family.shape(shapes)
+    return None
+
+
+def _note_widths(said: Spoken, shape: tuple[int, ...], widths: dict[int, Counter[int]]) -> None:
+    """Notes which size of the file stands for which size of the standard model (another width: one for one)."""
+    assert said.targets is not None
+    widths[sum(target.rows for target in said.targets)][shape[0]] += 1
+    standard = squeezed(said.targets[0].shape)
+    if len(shape) > 1 and len(standard) > 1:
+        widths[standard[1]][shape[1]] += 1

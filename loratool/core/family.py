@@ -1,0 +1,69 @@
+"""Family: the mathematics of one kind of adapter. What a plug-in in `families/` must offer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from loratool.core.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Factors = Mapping[str, LazyTensor]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One stretch of rows in a stacked module: `height` rows, and what updates them (None: nothing does).
+
+    `gain` is the part's scale over the stack's scale: what its update has to be multiplied by.
+    """
+
+    height: int
+    factors: Factors | None
+    gain: float = 1.0
+
+
+class Family(Protocol):
+    """One kind of adapter. Shapes are those of the stored factors, by role; nothing is read for them."""
+
+    @property
+    def id(self) -> str:
+        """The family's name in files, messages and JSON."""
+
+    @property
+    def title(self) -> str:
+        """The family's name for people."""
+
+    def problem(self, shapes: Shapes) -> str | None:
+        """What keeps these factors from being a module (a missing half, ranks that differ), or None."""
+
+    def shape(self, shapes: Shapes) -> tuple[int, ...]:
+        """Shape of the update, `(out, in)` or `(out, in, kh, kw)`; `(out, in * kh * kw)` if the kernel is flattened."""
+
+    def rank(self, shapes: Shapes) -> int:
+        """The rank that alpha is divided by."""
+
+    def scale(self, shapes: Shapes, alpha: float | None) -> float:
+        """The factor of the update: alpha / rank, or 1 without alpha."""
+
+    def alpha(self, shapes: Shapes, scale: float) -> float:
+        """The alpha that gives this scale: the inverse of `scale`."""
+
+    def delta(self, factors: Mapping[str, Tensor], scale: float) -> Tensor:
+        """The dense update of shape `shape`, in the factors' dtype (float32 or float64), scale included."""
+
+    def rows(self, factors: Factors, start: int, stop: int) -> Factors:
+        """Factors of the update's rows `start:stop`. Raises NotExact where the structure cannot be cut there."""
+
+    def live(self, factors: Factors) -> tuple[int, ...] | None:
+        """Rank components that reach any row; None where the family has no separable components."""
+
+    def keep(self, factors: Factors, components: Sequence[int]) -> Factors:
+        """Factors with only these rank components, in this order."""
+
+    def stacked(self, parts: Sequence[Part]) -> Factors:
+        """Factors whose update has the rows of `parts` one below the other. Raises NotExact if there are none."""

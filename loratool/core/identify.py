@@ -1,0 +1,79 @@
+"""Identify: files that hold weights, but no adapter: checkpoints, VAEs, textual inversions. From the keys alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from loratool.core.adapter import Bundle
+from loratool.core.architecture import Architecture
+from loratool.core.registry import architectures
+
+_ADAPTER_SIGNS = ("lora_", ".lora.", "lokr_", "hada_", "oft_", "_lora", ".alpha", ":up", ":down", ".diff", "dora_scale")
+_VAE = ("decoder.conv_in.weight", "encoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight")
+_EMBEDDINGS = ("emb_params", "string_to_param", "clip_l", "clip_g", "t5xxl")
+
+
+@dataclass(frozen=True)
+class Other:
+    """What a file is instead of an adapter, and what to do with it."""
+
+    what: str
+    hint: str
+
+
+def what_it_is(bundle: Bundle) -> Other | None:
+    """What a bundle is if it is no adapter; None if it may be one."""
+    keys = bundle.tensors
+    if not keys:
+        return Other("empty: it holds no tensor", "download it again")
+    if any(sign in key for key in keys for sign in _ADAPTER_SIGNS):
+        return None
+    embedding = _textual_inversion(bundle)
+    if embedding is not None:
+        return embedding
+    model = checkpoint_of(keys)
+    if model is not None:
+        return Other(f"a checkpoint of {model.title}", "a LoRA for it can be baked into it; name the LoRA file here")
+    if any(key in keys for key in _VAE):
+        return Other("a VAE", "put it into your program's VAE folder")
+    weights = sum(key.endswith(".weight") for key in keys)
+    if weights > 0.3 * len(keys):
+        return Other("a checkpoint of a model that is not known", "name a LoRA file")
+    return None
+
+
+def _textual_inversion(bundle: Bundle) -> Other | None:
+    """One or few small matrices of token vectors."""
+    shapes = [tensor.shape for tensor in bundle.tensors.values()]
+    named = all(key.split(".")[0] in _EMBEDDINGS or key.startswith("<") for key in bundle.tensors)
+    small = all(len(shape) in (1, 2) and (len(shape) == 1 or shape[0] <= 256) for shape in shapes)
+    if len(shapes) <= 4 and small and (named or len(shapes) == 1 and not next(iter(bundle.tensors)).endswith(".weight")):
+        vectors = max(shape[0] if len(shape) == 2 else 1 for shape in shapes)
+        return Other(
+            f"a textual inversion (embedding) of {vectors} vectors",
+            "put it into your program's embeddings folder and write its name in the prompt",
+        )
+    return None
+
+
+def checkpoint_of(keys: Mapping[str, object]) -> Architecture | None:
+    """The model whose checkpoint holds these keys: over half of the weights of one of its components."""
+    best, found = 0.5, None
+    for architecture in architectures().values():
+        if not architecture.open and (share := _share(keys, architecture)) > best:
+            best, found = share, architecture
+    return found
+
+
+def _share(keys: Mapping[str, object], architecture: Architecture) -> float:
+    """The largest share of a component's weights, over all kinds of checkpoints, that the file holds."""
+    best = 0.0
+    for checkpoint in architecture.checkpoints:
+        for component, voice in checkpoint.voices.items():
+            if voice.prefix and not any(key.startswith(voice.prefix) for key in keys):
+                continue
+            naming = architecture.naming(component, voice.naming)
+            held = sum(voice.prefix + naming.home(targets[0]).tensor_key in keys for targets in naming.values())
+            best = max(best, held / len(naming))
+    return best

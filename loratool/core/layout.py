@@ -1,0 +1,307 @@
+"""Layout: how one program spells an adapter. The generic reader and writer, which a plug-in parametrises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from loratool.core.adapter import Adapter, Bundle
+from loratool.core.architecture import Architecture, Spoken, Voice
+from loratool.core.errors import FormatError, NotRepresentable
+from loratool.core.module import Module
+from loratool.core.registry import families
+from loratool.core.target import Target
+from loratool.core.tensor import LazyTensor
+
+ALPHA, MAGNITUDE = "alpha", "magnitude"
+COMPONENT = "loratool.component"
+"""Header entry that says which component a file is for, where its keys alone cannot."""
+
+ANY = "*"
+"""Family of the roles that every family shares."""
+
+
+@dataclass
+class Group:
+    """The keys of one stem: per family, role -> key (as in the file); roles shared by all families apart."""
+
+    by_family: dict[str, dict[str, str]] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> list[str]:
+        """Every key of the group, as in the file."""
+        return [key for roles in (*self.by_family.values(), self.shared) for key in roles.values()]
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """Keys of a bundle by stem, and those whose suffix this layout does not know."""
+
+    groups: Mapping[str, Group]
+    unknown: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A spelling: separator, factor suffixes, where alpha and magnitude live. Subclasses say what differs.
+
+    `spelling[(family, role)]` is the suffix that is written; `aliases[suffix]` more suffixes that occur.
+    `header_entries` are the header entries that describe this spelling and mean nothing in another one.
+    """
+
+    id: str
+    title: str
+    separator: str
+    spelling: Mapping[tuple[str, str], str]
+    aliases: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    header_entries: tuple[str, ...] = ()
+    writable: bool = True
+    folder: bool = False
+
+    # -- reading ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def suffixes(self) -> Mapping[str, tuple[str, str]]:
+        """suffix -> (family, role), written ones and aliases."""
+        return {**self.aliases, **{suffix: meaning for meaning, suffix in self.spelling.items()}}
+
+    def rewrite(self, key: str) -> str:
+        """A key in the spelling of today; old spellings that are no mere suffix are turned into it here."""
+        return key
+
+    def split(self, key: str) -> tuple[str, str, str] | None:
+        """(stem, family, role) of a key, by its longest known suffix; None if there is none."""
+        key = self.rewrite(key)
+        found = None
+        cut = len(key)
+        for _ in range(4):
+            cut = key.rfind(".", 0, cut)
+            if cut <= 0:
+                break
+            meaning = self.suffixes.get(key[cut:])
+            if meaning is not None:
+                found = (key[:cut], *meaning)
+        return found
+
+    def parse(self, keys: Sequence[str]) -> Parsed:
+        """Groups keys by stem. Two keys with one meaning are an error."""
+        groups: dict[str, Group] = {}
+        unknown = []
+        for key in keys:
+            parts = self.split(key)
+            if parts is None:
+                unknown.append(key)
+                continue
+            stem, family, role = parts
+            group = groups.setdefault(stem, Group())
+            roles = group.shared if family == ANY else group.by_family.setdefault(family, {})
+            if role in roles:
+                raise FormatError(f"says the same as {roles[role]!r}: one module is spelled twice", key=key)
+            roles[role] = key
+        return Parsed(groups, tuple(unknown))
+
+    def resolve(self, stem: str, architecture: Architecture, metadata: Mapping[str, str]) -> Sequence[Spoken]:
+        """Everything a stem may name in an architecture, best first. `metadata` is the file's header's."""
+        return architecture.resolver(self.id, self.separator)(stem)
+
+    def read(self, bundle: Bundle, architecture: Architecture) -> Adapter:
+        """The adapter in a bundle, for one architecture. Nothing but alpha scalars is read.
+
+        Keys that name no module travel as extras. Raises FormatError for a module with a missing half, with
+        factors that do not fit each other, or for two modules on one target.
+        """
+        parsed = self.parse(list(bundle.tensors))
+        modules: list[Module] = []
+        extras = dict.fromkeys(parsed.unknown)
+        unread: dict[str, int] = {}
+        voices: dict[str, Voice] = {}
+        taken: dict[tuple[str, str], str] = {}
+        for stem, group in parsed.groups.items():
+            spoken = self.resolve(stem, architecture, bundle.metadata)
+            for family in [family for family in group.by_family if family not in families()]:
+                unread[family] = unread.get(family, 0) + 1
+                extras.update(dict.fromkeys(group.by_family.pop(family).values()))
+            if not spoken or not group.by_family:
+                extras.update(dict.fromkeys(group.keys))
+                continue
+            said, module = self._module(stem, group, spoken, bundle)
+            for target in module.targets:
+                other = taken.setdefault((target.component, target.path), stem)
+                if other != stem:
+                    raise FormatError(f"updates {target.path}, and so does {other!r}: one module is spelled twice", key=stem)
+            modules.append(module)
+            voices.setdefault(said.component, said.voice)
+        return self.with_alphas(
+            Adapter(
+                modules=tuple(modules),
+                architecture=architecture,
+                layout=self.id,
+                metadata=bundle.metadata,
+                extras={key: bundle.tensors[key] for key in bundle.tensors if key in extras},
+                voices=voices,
+                side_files=bundle.side_files,
+                unread_families=unread,
+                path=bundle.path,
+                size_bytes=bundle.size_bytes,
+                stored=bundle.tensors,
+            )
+        )
+
+    def _module(
+        self, stem: str, group: Group, spoken: Sequence[Spoken], bundle: Bundle
+    ) -> tuple[Spoken, Module]:
+        if len(group.by_family) > 1:
+            names = " and ".join(sorted(group.by_family))
+            raise FormatError(f"one module of two families: {names}", key=stem)
+        (family_id, roles), *_ = group.by_family.items()
+        family = families()[family_id]
+        factors = {role: bundle.tensors[key] for role, key in roles.items()}
+        shapes = {role: factor.shape for role, factor in factors.items()}
+        problem = family.problem(shapes)
+        if problem is not None:
+            raise FormatError(problem, key=stem, hint="the file is damaged or was written by a broken tool")
+        shape = family.shape(shapes)
+        said = _best(spoken, shape, bundle.metadata.get(COMPONENT))
+        alpha = None
+        if ALPHA in group.shared:
+            tensor = bundle.tensors[group.shared[ALPHA]]
+            if tensor.numel != 1:
+                raise FormatError(f"alpha has shape {list(tensor.shape)}, expected one number", key=group.shared[ALPHA])
+            alpha = tensor.item()
+        magnitude = None
+        if MAGNITUDE in group.shared:
+            key = group.shared[MAGNITUDE]
+            magnitude = self.canonical_magnitude(bundle.tensors[key], shape, key)
+        keys = {**roles, **group.shared}
+        return said, Module(said.targets_at(shape), family, factors, alpha, magnitude, keys)
+
+    def canonical_magnitude(self, stored: LazyTensor, shape: tuple[int, ...], key: str) -> LazyTensor:
+        """A DoRA magnitude as `(out, 1, ...)` or `(1, in, ...)`; FormatError if it fits neither side of `shape`."""
+        out, columns = shape[0], shape[1]
+        ones = (1,) * (len(shape) - 1)
+        if stored.numel == out and (len(stored.shape) == 1 or stored.shape[0] == out):
+            return stored.reshape((out, *ones))
+        if stored.numel == columns and len(stored.shape) > 1 and stored.shape[0] == 1:
+            return stored.reshape((1, columns, *ones[1:]))
+        raise FormatError(
+            f"DoRA magnitude has shape {list(stored.shape)}, expected one value per row ({out}) or column ({columns})",
+            key=key,
+        )
+
+    def with_alphas(self, adapter: Adapter) -> Adapter:
+        """The adapter with alphas that this layout keeps elsewhere than beside the factors."""
+        return adapter
+
+    # -- writing ---------------------------------------------------------------------------------------------
+
+    def obstacle(self, module: Module) -> str | None:
+        """Why this layout cannot express a module, or None."""
+        for role in module.factors:
+            if (module.family.id, role) not in self.spelling:
+                return f"{self.id} has no spelling for the {role} of a {module.family.title} module"
+        if module.magnitude is not None and (ANY, MAGNITUDE) not in self.spelling:
+            return f"{self.id} has no spelling for a DoRA magnitude"
+        return None
+
+    def suffix(self, module: Module, role: str) -> str:
+        """The suffix of one of a module's factors."""
+        return self.spelling[module.family.id, role]
+
+    def write(self, adapter: Adapter, voices: Mapping[str, Voice] | None = None) -> Bundle:
+        """The bundle that spells an adapter, whose modules must already be those of the voices' namings.
+
+        Extras are not written. Raises NotRepresentable with every module that this layout cannot express.
+        """
+        voices = {**self.voices_for(adapter), **(voices or {})}
+        blocked = {m.title: reason for m in adapter.modules if (reason := self.obstacle(m)) is not None}
+        if blocked:
+            reasons = sorted(set(blocked.values()))
+            raise NotRepresentable(f"{len(blocked)} modules cannot be written: {'; '.join(reasons)}", modules=tuple(blocked))
+        tensors: dict[str, LazyTensor] = {}
+        for module in adapter.modules:
+            tensors.update(self.spell(module, adapter.architecture, voices).values())
+        return self.finish(adapter, Bundle(tensors, adapter.metadata), voices)
+
+    def spell(
+        self, module: Module, architecture: Architecture, voices: Mapping[str, Voice]
+    ) -> dict[str, tuple[str, LazyTensor]]:
+        """role -> (key, tensor) of everything that is stored for one module."""
+        stem = self.stem(module, architecture, voices)
+        spelled = {role: (stem + self.suffix(module, role), factor) for role, factor in module.factors.items()}
+        if module.magnitude is not None:
+            spelled[MAGNITUDE] = stem + self.spelling[ANY, MAGNITUDE], self.stored_magnitude(module)
+        alpha = self.alpha_tensor(module)
+        if alpha is not None:
+            spelled[ALPHA] = stem + self.spelling[ANY, ALPHA], alpha
+        return spelled
+
+    def voices_for(self, adapter: Adapter) -> Mapping[str, Voice]:
+        """The voice in which each component is written. Raises NotRepresentable for a component without one."""
+        written = adapter.architecture.writes.get(self.id, {})
+        missing = [component for component in adapter.components if component not in written]
+        if missing:
+            raise NotRepresentable(f"{self.id} has no spelling for {', '.join(missing)} of {adapter.architecture.title}")
+        return {component: written[component] for component in adapter.components}
+
+    def stem(self, module: Module, architecture: Architecture, voices: Mapping[str, Voice]) -> str:
+        """What stands before the suffix in the keys of a module."""
+        voice = voices[module.component]
+        name = architecture.naming(module.component, voice.naming).name_of(module.targets)
+        if name is None:
+            raise NotRepresentable(f"{voice.naming} has no name for {module.title}", modules=(module.title,))
+        return voice.prefix + (name if self.separator == "." else name.replace(".", self.separator))
+
+    def alpha_tensor(self, module: Module) -> LazyTensor | None:
+        """The alpha scalar stored beside the factors (the rank, where the module has no alpha); None for no tensor."""
+        if (ANY, ALPHA) not in self.spelling:
+            return None
+        alpha = module.alpha if module.alpha is not None else float(module.rank)
+        return alpha_scalar(alpha, module.dtype)
+
+    def stored_magnitude(self, module: Module) -> LazyTensor:
+        """The magnitude in the shape that this layout stores."""
+        assert module.magnitude is not None
+        return module.magnitude
+
+    def finish(self, adapter: Adapter, bundle: Bundle, voices: Mapping[str, Voice]) -> Bundle:
+        """The bundle with what is not a tensor: header entries, side files."""
+        return bundle
+
+
+def _best(spoken: Sequence[Spoken], shape: tuple[int, ...], component: str | None) -> Spoken:
+    """Of several meanings of a stem the one of `component`, else the one whose standard shape fits, else the first."""
+    if len(spoken) > 1:
+        spoken = [said for said in spoken if said.component == component] or spoken
+        for said in spoken:
+            if said.targets is not None and fits(said.targets, shape):
+                return said
+    return spoken[0]
+
+
+def fits(targets: Sequence[Target], shape: tuple[int, ...]) -> bool:
+    """Whether an update of `shape` has exactly the standard model's size (a flattened kernel counts as equal)."""
+    rows = sum(target.rows for target in targets)
+    return shape[0] == rows and _columns(shape) == _columns(targets[0].shape)
+
+
+def _columns(shape: tuple[int, ...]) -> int:
+    columns = 1
+    for size in shape[1:]:
+        columns *= size
+    return columns
+
+
+def alpha_scalar(alpha: float, dtype: str) -> LazyTensor:
+    """alpha as a 0-d tensor: in the factors' dtype, as trainers write it, where that holds the value, else wider."""
+    for code in (dtype, "F32"):
+        scalar = LazyTensor.scalar(alpha, code)
+        if abs(scalar.item() - alpha) <= 1e-12 * abs(alpha):
+            return scalar
+    return LazyTensor.scalar(alpha, "F64")
+
+
+def with_alpha(module: Module, alpha: float | None) -> Module:
+    """The module with another alpha."""
+    return replace(module, alpha=alpha)

@@ -1,0 +1,119 @@
+"""Module: what one file says about one tuple of targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from loratool.core.errors import NotExact
+from loratool.core.family import Factors, Family, Shapes
+from loratool.core.target import Target
+from loratool.core.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Module:
+    """One adapter module: the targets it updates, the family of its factors, alpha and the optional DoRA magnitude.
+
+    `magnitude` has the canonical shape `(out, 1, ...)` (one norm per output row) or `(1, in, ...)` (one per
+    input column). `keys` remembers under which key each role stood in the file it was read from.
+    """
+
+    targets: tuple[Target, ...]
+    family: Family
+    factors: Factors
+    alpha: float | None = None
+    magnitude: LazyTensor | None = None
+    keys: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def component(self) -> str:
+        """The pipeline component whose weight this updates."""
+        return self.targets[0].component
+
+    @property
+    def shapes(self) -> Shapes:
+        """Stored shape of every factor, by role."""
+        return {role: factor.shape for role, factor in self.factors.items()}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the update, `(out, in)` or `(out, in, kh, kw)`."""
+        return self.family.shape(self.shapes)
+
+    @property
+    def rank(self) -> int:
+        """The rank that alpha is divided by."""
+        return self.family.rank(self.shapes)
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank; 1 without alpha."""
+        return self.family.scale(self.shapes, self.alpha)
+
+    @property
+    def tensors(self) -> dict[str, LazyTensor]:
+        """All tensors of the module by role, the magnitude included."""
+        tensors = dict(self.factors)
+        if self.magnitude is not None:
+            tensors["magnitude"] = self.magnitude
+        return tensors
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored values, alpha not counted."""
+        return sum(tensor.numel for tensor in self.tensors.values())
+
+    @property
+    def dtype(self) -> str:
+        """dtype of the (first) factor."""
+        return next(iter(self.factors.values())).dtype
+
+    @property
+    def magnitude_per_row(self) -> bool:
+        """Whether the magnitude has one value per output row (else one per input column)."""
+        return self.magnitude is not None and self.magnitude.shape[0] == self.shape[0]
+
+    @property
+    def title(self) -> str:
+        """A name for messages: component and paths of the targets."""
+        first, *rest = (target.path for target in self.targets)
+        return f"{self.component}.{first}" + (f" (+{len(rest)})" if rest else "")
+
+    def heights(self) -> list[int]:
+        """Rows of each target in this file: the standard model's proportions at this file's width.
+
+        Raises NotExact when the module's height cannot be divided in those proportions.
+        """
+        total, height = sum(target.rows for target in self.targets), self.shape[0]
+        if any(target.rows * height % total for target in self.targets):
+            raise NotExact(f"{self.title}: {height} rows cannot be divided like the model's {total}")
+        return [target.rows * height // total for target in self.targets]
+
+    def delta(self, device: str = "cpu") -> Tensor:
+        """The dense update, float32, shape `shape`, alpha / rank included."""
+        loaded = {role: factor.load(device).float() for role, factor in self.factors.items()}
+        return self.family.delta(loaded, self.scale)
+
+    def with_scale_of(self, other: Module) -> Module:
+        """This module with the alpha that gives it `other`'s scale (none if `other` has none)."""
+        if other.alpha is None:
+            return replace(self, alpha=None)
+        return replace(self, alpha=self.family.alpha(self.shapes, other.scale))
+
+    def rows(self, start: int, stop: int, targets: tuple[Target, ...]) -> Module:
+        """The module that updates rows `start:stop`, which belong to `targets`. Scale and dtype are kept.
+
+        Raises NotExact where the family's structure, or a column-wise magnitude, cannot be cut there.
+        """
+        magnitude = self.magnitude
+        if magnitude is not None:
+            if not self.magnitude_per_row:
+                raise NotExact(f"{self.title}: its DoRA magnitude is per input column and spans all rows of the weight")
+            magnitude = magnitude.rows(start, stop)
+        part = Module(targets, self.family, self.family.rows(self.factors, start, stop), None, magnitude)
+        return part.with_scale_of(self)

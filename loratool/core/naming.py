@@ -1,0 +1,79 @@
+"""Naming: a bijection between the names of one program's modules and tuples of targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from loratool.core.target import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where the rows of a target live in a checkpoint that speaks one naming.
+
+    `tensor_key` is relative to the checkpoint's prefix. `transposed` says that the tensor is stored
+    as `(in, out)`: the rows of the target are then its columns.
+    """
+
+    name: str
+    first_row: int
+    tensor_key: str
+    transposed: bool
+
+
+class Naming(Mapping[str, tuple[Target, ...]]):
+    """One component's names in one program's spelling: dotted name -> the targets it holds, in row order.
+
+    `tensor_keys` gives the checkpoint key of a name where it is not `name + ".weight"`; `transposed`
+    the names whose tensor is stored as `(in, out)`. Raises `ValueError` when a target has two names.
+    """
+
+    def __init__(
+        self,
+        table: Mapping[str, tuple[Target, ...]],
+        tensor_keys: Mapping[str, str] | None = None,
+        transposed: frozenset[str] = frozenset(),
+    ) -> None:
+        self._table = dict(table)
+        self._tensor_keys = dict(tensor_keys or {})
+        self._transposed = transposed
+        self._names = {targets: name for name, targets in self._table.items()}
+        if len(self._names) != len(self._table):
+            raise ValueError("a tuple of targets has two names")
+
+    def __getitem__(self, name: str) -> tuple[Target, ...]:
+        return self._table[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def name_of(self, targets: tuple[Target, ...]) -> str | None:
+        """The name of exactly these targets in this order, or None."""
+        return self._names.get(targets)
+
+    @cached_property
+    def _homes(self) -> dict[Target, Home]:
+        homes: dict[Target, Home] = {}
+        for name, targets in self._table.items():
+            row = 0
+            for target in targets:
+                if target in homes:
+                    raise ValueError(f"{target.path} is named by {homes[target].name} and by {name}")
+                key = self._tensor_keys.get(name, f"{name}.weight")
+                homes[target] = Home(name, row, key, name in self._transposed)
+                row += target.rows
+        return homes
+
+    @property
+    def targets(self) -> frozenset[Target]:
+        """Every target this naming has a name for."""
+        return frozenset(self._homes)
+
+    def home(self, target: Target) -> Home:
+        """The name and the first row (of the standard model) at which `target` lives; KeyError if it has none."""
+        return self._homes[target]

@@ -1,0 +1,46 @@
+"""Registry: finds the plug-ins. A plug-in is one module-level object in a file of its folder."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loratool.core.architecture import Architecture
+    from loratool.core.family import Family
+    from loratool.core.layout import Layout
+
+
+def _discover(folder: str, attribute: str) -> dict[str, Any]:
+    """id -> the object called `attribute` in every module of `loratool/<folder>` whose name has no leading underscore."""
+    package = import_module(f"loratool.{folder}")
+    found: dict[str, Any] = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        if info.name.startswith("_"):
+            continue
+        plugin = getattr(import_module(f"{package.__name__}.{info.name}"), attribute)
+        if plugin.id in found:
+            raise RuntimeError(f"two plug-ins in {folder}/ have the id {plugin.id!r}")
+        found[plugin.id] = plugin
+    return found
+
+
+@lru_cache(maxsize=None)
+def architectures() -> Mapping[str, Architecture]:
+    """Every known model by id, tables not yet built."""
+    return _discover("architectures", "ARCHITECTURE")
+
+
+@lru_cache(maxsize=None)
+def layouts() -> Mapping[str, Layout]:
+    """Every known spelling by id."""
+    return _discover("layouts", "LAYOUT")
+
+
+@lru_cache(maxsize=None)
+def families() -> Mapping[str, Family]:
+    """Every known kind of adapter by id."""
+    return _discover("families", "FAMILY")

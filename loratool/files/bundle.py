@@ -1,0 +1,188 @@
+"""Bundles on disk: a safetensors file, or a folder with an adapter in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from loratool.core.adapter import Bundle
+from loratool.core.errors import FormatError, LoratoolError
+from loratool.core.tensor import LazyTensor
+from loratool.files.atomic import atomic_write
+from loratool.files.safetensors import read_header, write_safetensors
+
+CONFIG = "adapter_config.json"
+MODEL = "adapter_model.safetensors"
+PICKLES = (".pt", ".bin", ".ckpt", ".pth")
+MAX_SIDE_FILE = 16 << 20
+"""A side file is a small JSON: more than 16 MiB of it is refused."""
+
+Progress = Callable[[int, int], None]
+
+
+def read_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Opens a file or an adapter's folder. Reads headers and side files; tensors stay on disk.
+
+    Raises FormatError for what is no adapter file, with what it is instead where that can be told.
+    """
+    place = Path(path)
+    try:
+        if place.is_dir():
+            return _read_folder(place)
+        sides = {}
+        config = place.with_name(CONFIG)
+        if place.name == MODEL and config.is_file():
+            sides[CONFIG] = _read_text(config)
+        header = read_header(place)
+    except LoratoolError as error:
+        raise error.with_file(str(path)) from error.__cause__
+    except OSError as error:
+        raise FormatError(f"cannot be read: {error.strerror}", file=str(path)) from error
+    return Bundle(header.tensors, header.metadata, sides, str(path), header.size_bytes)
+
+
+def _read_folder(place: Path) -> Bundle:
+    if (place / CONFIG).is_file() or (place / MODEL).is_file():
+        return _merged(place, {"": place})
+    parts = {f"{sub.name}/": sub for sub in sorted(place.iterdir()) if sub.is_dir() and (sub / CONFIG).is_file()}
+    if parts:
+        return _merged(place, parts)
+    files = sorted(file for file in place.iterdir() if file.suffix == ".safetensors")
+    if len(files) == 1:
+        return read_bundle(files[0])
+    if files:
+        names = ", ".join(file.name for file in files[:5])
+        raise FormatError(f"is a folder with {len(files)} safetensors files ({names})", hint="name one of them")
+    pickled = sorted(file.name for file in place.iterdir() if file.suffix in PICKLES)
+    if pickled:
+        raise FormatError(f"holds only pickles ({pickled[0]})", hint="reading .bin and .pt files is not supported yet")
+    raise FormatError(f"is a folder without {CONFIG} or a safetensors file", hint="name a LoRA file or a PEFT folder")
+
+
+def _merged(place: Path, parts: Mapping[str, Path]) -> Bundle:
+    tensors: dict[str, LazyTensor] = {}
+    metadata: dict[str, str] = {}
+    sides: dict[str, str] = {}
+    size = 0
+    for prefix, folder in parts.items():
+        model = folder / MODEL
+        if not model.is_file():
+            pickled = (folder / "adapter_model.bin").is_file()
+            hint = "reading adapter_model.bin is not supported yet: save it as safetensors" if pickled else None
+            raise FormatError(f"has {CONFIG} but no {MODEL}", file=str(folder), hint=hint)
+        try:
+            header = read_header(model)
+        except LoratoolError as error:
+            raise error.with_file(str(model)) from error.__cause__
+        tensors |= {prefix + key: tensor for key, tensor in header.tensors.items()}
+        metadata |= header.metadata
+        size += header.size_bytes
+        if (folder / CONFIG).is_file():
+            sides[prefix + CONFIG] = _read_text(folder / CONFIG)
+            size += (folder / CONFIG).stat().st_size
+    return Bundle(tensors, metadata, sides, str(place), size)
+
+
+def _read_text(path: Path) -> str:
+    if path.stat().st_size > MAX_SIDE_FILE:
+        raise FormatError(f"is larger than {MAX_SIDE_FILE >> 20} MiB", file=str(path))
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError("is not UTF-8 text", file=str(path)) from error
+
+
+def check_output(path: str | os.PathLike[str], inputs: list[str], folder: bool, overwrite: bool) -> None:
+    """Refuses an output before anything is read: one that exists, is an input, or has no folder to be in."""
+    place = Path(path)
+    for name in inputs:
+        if place.exists() and os.path.realpath(place) == os.path.realpath(name):
+            raise LoratoolError("the output is an input; an input is never changed", file=str(path), hint="choose another -o")
+    if not place.parent.is_dir():
+        raise LoratoolError("its folder does not exist", file=str(path), hint=f"mkdir -p {place.parent}")
+    if place.exists():
+        if folder != place.is_dir():
+            kind = "a folder" if place.is_dir() else "a file"
+            raise LoratoolError(f"is {kind}; a {'folder' if folder else 'file'} would be written", file=str(path))
+        if not overwrite and not (folder and not any(place.iterdir())):
+            raise LoratoolError("exists already", file=str(path), hint="use --overwrite to replace it")
+    if not os.access(place if place.is_dir() else place.parent, os.W_OK):
+        raise LoratoolError("its folder cannot be written to", file=str(path))
+
+
+def write_bundle(
+    path: str | os.PathLike[str],
+    bundle: Bundle,
+    *,
+    folder: bool = False,
+    overwrite: bool = False,
+    hashes: bool = False,
+    progress: Progress | None = None,
+    check: Callable[[str], None] | None = None,
+) -> None:
+    """Writes a bundle to a file, or to a folder with its side files. Nothing partial ever has the final name.
+
+    With `hashes`, `sshs_model_hash` and `sshs_legacy_hash` are made true for each file.
+    `check` is called with the temporary file's or folder's path before it gets its name; if it raises, nothing is
+    written.
+    """
+    place = Path(path)
+    if not folder:
+        with atomic_write(place, overwrite=overwrite) as temporary:
+            write_safetensors(temporary, bundle.tensors, bundle.metadata, hashes=hashes, progress=progress)
+            if check is not None:
+                check(str(temporary))
+        return
+    _write_folder(place, bundle, overwrite, hashes, progress, check)
+
+
+def _write_folder(
+    place: Path,
+    bundle: Bundle,
+    overwrite: bool,
+    hashes: bool,
+    progress: Progress | None,
+    check: Callable[[str], None] | None,
+) -> None:
+    """Writes a folder with one `adapter_model.safetensors` (and config) for each sub-folder that the keys name."""
+    if place.exists() and any(place.iterdir()) and not overwrite:
+        raise LoratoolError("exists already", file=str(place), hint="use --overwrite to replace it")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.loratool-", suffix=".tmp", dir=place.parent))
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        for folder, tensors in _by_folder(bundle.tensors).items():
+            (temporary / folder).mkdir(parents=True, exist_ok=True)
+            with atomic_write(temporary / folder / MODEL, overwrite=False) as file:
+                write_safetensors(file, tensors, bundle.metadata, hashes=hashes, progress=progress)
+        for name, text in bundle.side_files.items():
+            with atomic_write(temporary / name, overwrite=False) as file:
+                file.write_text(text, encoding="utf-8")
+        if check is not None:
+            check(str(temporary))
+        if not place.exists() or not any(place.iterdir()):
+            os.replace(temporary, place)
+            return
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                target = place / file.relative_to(temporary)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(file, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _by_folder(tensors: Mapping[str, LazyTensor]) -> dict[str, dict[str, LazyTensor]]:
+    folders: dict[str, dict[str, LazyTensor]] = {}
+    for key, tensor in tensors.items():
+        folder, slash, name = key.rpartition("/")
+        folders.setdefault(folder + slash, {})[name] = tensor
+    return folders
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,569 @@
+"""Safetensors files: a strict, lazy reader and a streaming writer. The format is that of safetensors 0.8."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import queue
+import stat
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from loratool.core.errors import FormatError, LoratoolError
+from loratool.core.tensor import CHUNK, DTYPES, SERIAL_ORDER, LazyTensor
+
+MAX_HEADER = 100_000_000
+METADATA = "__metadata__"
+MODEL_HASH = "sshs_model_hash"
+LEGACY_HASH = "sshs_legacy_hash"
+
+_LENGTH = 8
+_MAX_U64 = (1 << 64) - 1
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_DAMAGED = "the file is damaged or was written by a broken tool"
+_DOWNLOAD = "the download or copy is incomplete: fetch the file again"
+# Pieces below this are gathered, so that a thousand alphas are one write and one step of the hash.
+_GATHER = 1 << 20
+# sd-scripts' legacy hash covers this stretch of the file.
+_LEGACY_START, _LEGACY_STOP = 0x100000, 0x110000
+
+
+@dataclass(frozen=True)
+class Header:
+    """What stands before the data: `tensors` in header order, `metadata` (empty when there is none).
+
+    `header_bytes` is where the data begin (the 8 bytes of the length included), `size_bytes` the size of the file.
+    """
+
+    tensors: dict[str, LazyTensor]
+    metadata: dict[str, str]
+    header_bytes: int
+    size_bytes: int
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Opens a safetensors file and checks its header; the tensors stay on the disk.
+
+    All tensors share one file descriptor, closed when the last of them is gone. As strict as safetensors, and
+    stricter: duplicate keys, unknown fields and white space in front are refused too. Raises FormatError, which
+    names the file and says what it is instead.
+    """
+    try:
+        return _read_header(path)
+    except LoratoolError as error:
+        raise error.with_file(path) from error.__cause__
+
+
+def _read_header(path: str | os.PathLike[str]) -> Header:
+    file = _OpenFile(os.fspath(path))
+    length = _header_length(file)
+    header = _parsed(_utf8(file.pread(length, _LENGTH)))
+    metadata = _metadata(header.pop(METADATA, None))
+    begin = _LENGTH + length
+    return Header(_tensors(header, file, begin), metadata, begin, file.size)
+
+
+class _OpenFile:
+    """An open regular file. The descriptor lives as long as somebody refers to this object."""
+
+    __slots__ = ("path", "fd", "size", "identity", "_lock", "__weakref__")
+
+    def __init__(self, path: str) -> None:
+        self.fd = -1
+        self.path = path
+        self._lock = threading.Lock()
+        try:
+            # Looked at before it is opened: opening a FIFO can wait forever, opening a device can move a tape.
+            _check_regular(os.stat(path).st_mode)
+            self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+            found = os.fstat(self.fd)
+        except FileNotFoundError:
+            raise FormatError("there is no such file", file=path) from None
+        except OSError as error:
+            raise FormatError(f"cannot be opened: {error.strerror}", file=path) from error
+        except ValueError as error:
+            raise FormatError(f"is not a file name: {error}", file=path) from error
+        _check_regular(found.st_mode)
+        self.size = found.st_size
+        self.identity = found.st_dev, found.st_ino
+
+    def pread(self, size: int, offset: int) -> bytes:
+        """`size` bytes at `offset`. Raises FormatError when the file has become shorter."""
+        data = self._pread(size, offset)
+        if len(data) == size:
+            return data
+        buffer = bytearray(size)
+        self.readinto(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def readinto(self, view: memoryview, offset: int) -> None:
+        """Fills `view` from `offset` on. Raises FormatError when the file has become shorter."""
+        done = 0
+        while done < view.nbytes:
+            count = self._fill(view[done : done + CHUNK], offset + done)
+            if not count:
+                raise FormatError(
+                    f"became shorter while it was read: no data at byte {offset + done}, expected {self.size} bytes",
+                    file=self.path,
+                    hint="something else is writing to the file",
+                )
+            done += count
+
+    def _fill(self, view: memoryview, offset: int) -> int:
+        if sys.platform == "linux":
+            try:
+                return os.preadv(self.fd, [view], offset)
+            except OSError as error:
+                raise self._unreadable(error) from error
+        data = self._pread(view.nbytes, offset)
+        view[: len(data)] = data
+        return len(data)
+
+    def _pread(self, size: int, offset: int) -> bytes:
+        try:
+            if sys.platform != "win32":
+                return os.pread(self.fd, size, offset)
+            with self._lock:
+                os.lseek(self.fd, offset, os.SEEK_SET)
+                return os.read(self.fd, size)
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: OSError) -> FormatError:
+        return FormatError(f"cannot be read: {error.strerror}", file=self.path)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class _FileRange:
+    """A stretch of an open file."""
+
+    __slots__ = ("file", "start", "nbytes")
+
+    def __init__(self, file: _OpenFile, start: int, nbytes: int) -> None:
+        self.file = file
+        self.start = start
+        self.nbytes = nbytes
+
+    def chunks(self, size: int = CHUNK) -> Iterator[memoryview]:
+        """The bytes in pieces of `size`, each in memory of its own."""
+        stop = self.start + self.nbytes
+        for position in range(self.start, stop, size):
+            yield memoryview(self.file.pread(min(size, stop - position), position))
+
+    def read(self) -> memoryview:
+        """All bytes, in new memory that nobody else writes to or reads."""
+        view = memoryview(bytearray(self.nbytes))
+        self.file.readinto(view, self.start)
+        return view
+
+    def slice(self, start: int, stop: int) -> _FileRange:
+        """The bytes `start:stop`, lazily."""
+        return _FileRange(self.file, self.start + start, stop - start)
+
+
+def _check_regular(mode: int) -> None:
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    if not stat.S_ISREG(mode):
+        kind = kinds.get(stat.S_IFMT(mode), "something else")
+        raise FormatError(f"is {kind}, expected a safetensors file", hint="name a file on disk")
+
+
+def _header_length(file: _OpenFile) -> int:
+    """The length of the JSON, checked. Raises FormatError that says what the file is if not safetensors."""
+    head = file.pread(min(file.size, 4096), 0)
+    length = int.from_bytes(head[:_LENGTH], "little")
+    begins = head[_LENGTH : _LENGTH + 1] == b"{"
+    if file.size < _LENGTH or length > MAX_HEADER or not length or not begins:
+        kind, hint = _kind(head, file.size)
+        raise FormatError(f"is not a safetensors file: {kind}", hint=hint)
+    if length > file.size - _LENGTH:
+        missing = length + _LENGTH - file.size
+        raise FormatError(
+            f"is truncated inside the header: the header has {length} bytes, {missing} of them missing", hint=_DOWNLOAD
+        )
+    return length
+
+
+def _utf8(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"the header is not UTF-8 text (byte {error.start})", hint=_DAMAGED) from error
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    # Python reads "-0" as the integer 0, safetensors as a fraction. Rare, and the hook is slow: only where it may matter.
+    decoder = _WITH_MINUS_ZERO if "-0" in text else _DECODER
+    try:
+        header = decoder.decode(text)
+        if "\\u" in text:
+            # Escapes can spell half a surrogate pair, which is no text: encoding finds it.
+            json.dumps(header, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise FormatError("the header holds half a surrogate pair, which is not text", hint=_DAMAGED) from error
+    except RecursionError:
+        raise FormatError("the header is nested too deeply", hint=_DAMAGED) from None
+    except ValueError as error:
+        raise FormatError(f"the header is not valid JSON: {error}", hint=_DAMAGED) from error
+    if type(header) is not dict:
+        raise FormatError("the header is not a JSON object", hint=_DAMAGED)
+    return header
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise FormatError("stands twice in the header", key=twice, hint=_DAMAGED)
+    return found
+
+
+def _constant(literal: str) -> NoReturn:
+    raise FormatError(f"the header holds {literal}, which is not JSON", hint=_DAMAGED)
+
+
+def _integer(literal: str) -> int | float:
+    return -0.0 if literal == "-0" else int(literal)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+_WITH_MINUS_ZERO = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_int=_integer)
+
+
+def _metadata(found: Any) -> dict[str, str]:
+    if found is None:
+        return {}
+    if type(found) is not dict:
+        raise FormatError("is not a JSON object", key=METADATA, hint=_DAMAGED)
+    for name, value in found.items():
+        if type(value) is not str:
+            raise FormatError(
+                f"{name} is {_short(value)}, expected text in quotes", key=METADATA, hint="the writer must use str(value)"
+            )
+    return found
+
+
+def _tensors(header: dict[str, Any], file: _OpenFile, begin: int) -> dict[str, LazyTensor]:
+    """All entries, checked one by one and against each other: they must cover the data without holes or overlaps."""
+    tensors: dict[str, LazyTensor] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        try:
+            dtype, shape, start, stop = _entry(entry)
+        except FormatError as error:
+            error.key = name
+            raise
+        spans.append((start, stop, name))
+        tensors[name] = LazyTensor(shape, dtype, _FileRange(file, begin + start, stop - start))
+    spans.sort()
+    position = 0
+    for start, stop, name in spans:
+        if start != position:
+            what = "unused bytes before it" if start > position else "overlaps another tensor"
+            raise FormatError(f"{what}: begins at {start}, expected {position}", key=name, hint=_DAMAGED)
+        position = stop
+    present = file.size - begin
+    if position > present:
+        raise FormatError(f"is truncated: {present} bytes of data, expected {position}", hint=_DOWNLOAD)
+    if position < present:
+        raise FormatError(f"{present - position} bytes follow the last tensor, expected none", hint=_DAMAGED)
+    return tensors
+
+
+def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """dtype, shape and data offsets of one entry, checked on their own."""
+    if type(entry) is not dict or entry.keys() != _FIELDS:
+        found = sorted(entry) if type(entry) is dict else _short(entry)
+        raise FormatError(f"has {found}, expected dtype, shape and data_offsets", hint=_DAMAGED)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    bits = DTYPES.get(dtype) if type(dtype) is str else None
+    if bits is None:
+        raise FormatError(f"has dtype {_short(dtype)}; known are {', '.join(DTYPES)}", hint="a newer loratool may know it")
+    if type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
+        raise FormatError(f"has shape {_short(shape)} and data_offsets {_short(offsets)}", hint=_DAMAGED)
+    for size in shape:
+        if type(size) is not int or not 0 <= size <= _MAX_U64:
+            raise FormatError(f"has shape {_short(shape)}, expected sizes", hint=_DAMAGED)
+        bits *= size
+        # Step by step: a zero later does not undo an overflow.
+        if bits > _MAX_U64:
+            raise FormatError(f"has shape {_short(shape)}: more bits than fit 64 bits", hint=_DAMAGED)
+    start, stop = offsets
+    if type(start) is not int or type(stop) is not int or not 0 <= start <= stop <= _MAX_U64:
+        raise FormatError(f"has data_offsets {_short(offsets)}, expected [begin, end]", hint=_DAMAGED)
+    if bits % 8:
+        raise FormatError(f"has {bits} bits of {dtype}, expected whole bytes", hint=_DAMAGED)
+    if stop - start != bits // 8:
+        raise FormatError(f"has {stop - start} bytes, expected {bits // 8} for {dtype} {_short(shape)}", hint=_DAMAGED)
+    return dtype, tuple(shape), start, stop
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "..."
+
+
+_PICKLE = "reading .pt/.bin files is not supported yet; resave it as safetensors"
+_MAGIC = (
+    (b"version https://git-lfs", "a git-lfs pointer, not the file it stands for", "run `git lfs pull`, or download it again"),
+    (b"GGUF", "a GGUF model", "use the safetensors version of the file"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it first"),
+    (b"\x89PNG", "a PNG image", "pick the LoRA file, not its preview"),
+    (b"\xff\xd8\xff", "a JPEG image", "pick the LoRA file, not its preview"),
+    (b"RIFF", "a WebP image or other RIFF file", "pick the LoRA file, not its preview"),
+    (b"%PDF", "a PDF document", "pick the LoRA file"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first"),
+    (b"Rar!", "a RAR archive", "unpack it first"),
+    (b"\x93NUMPY", "a NumPy array", "resave it as safetensors"),
+)
+_TORCH_ZIP = (b"data.pkl", b"/.format_version", b"/.data/")
+
+
+def _kind(head: bytes, size: int) -> tuple[str, str]:
+    """What a file that is not safetensors is, by its first bytes, and what to do about it."""
+    if not size:
+        return "it is empty", _DOWNLOAD
+    for magic, kind, hint in _MAGIC:
+        if head.startswith(magic):
+            return f"it is {kind}", hint
+    if head.startswith(b"PK\x03\x04"):
+        if any(mark in head for mark in _TORCH_ZIP):
+            return "it is a PyTorch file (a zip with a pickle in it)", _PICKLE
+        return "it is a zip archive", "unpack it first"
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "it is a pickle (an old PyTorch file)", _PICKLE
+    if not head.strip(b"\0"):
+        return "it begins with nothing but zero bytes", _DOWNLOAD
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        return "it is a web page", "the download link gave a page (a login or an error?): fetch the file itself"
+    if text[:1] in (b"{", b"["):
+        return "it is JSON text", "name the .safetensors file, not its configuration"
+    return _unknown_kind(head, size)
+
+
+def _unknown_kind(head: bytes, size: int) -> tuple[str, str]:
+    if size < _LENGTH:
+        return f"it has {size} bytes, expected at least {_LENGTH}", _DOWNLOAD
+    length = int.from_bytes(head[:_LENGTH], "little")
+    if length > MAX_HEADER:
+        return f"its first 8 bytes announce a header of {length} bytes, expected at most {MAX_HEADER}", _DAMAGED
+    if not length:
+        return "its first 8 bytes announce an empty header", _DAMAGED
+    found = ascii(head[_LENGTH : _LENGTH + 1].decode("latin-1")) if size > _LENGTH else "the end of the file"
+    return f"its header begins with {found}, expected '{{'", _DAMAGED
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, LazyTensor],
+    metadata: Mapping[str, str] | None,
+    *,
+    hashes: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes a file with the very bytes that safetensors would write, piece by piece: memory stays at some 50 MiB.
+
+    Tensors come in the serialiser's order (widest dtype first, then by name), metadata in the given order; no
+    metadata, or none in it, leaves `__metadata__` out. `hashes` puts true `sshs_model_hash` and `sshs_legacy_hash`
+    into the metadata, as sd-scripts defines them. `progress(done, total)` counts bytes of data.
+
+    Writes straight to `path` and replaces what it holds; `files.atomic` makes that safe. Raises LoratoolError
+    before anything is written for what the format cannot hold and for tensors that live in `path` itself.
+    """
+    ordered = dict(sorted(tensors.items(), key=lambda item: (SERIAL_ORDER.get(item[1].dtype, 0), item[0])))
+    entries = _entries_json(ordered)
+    final = dict(metadata or {})
+    if hashes:
+        # Same width as the real ones, which are known when the data have been written.
+        final |= {MODEL_HASH: "0" * 64, LEGACY_HASH: "0" * 8}
+    header = _header_json(entries, final or None)
+    training = {name: value for name, value in final.items() if name.startswith("ss_")}
+    digest = _Hashes(_header_json(entries, training)) if hashes else None
+    total = sum(tensor.nbytes for tensor in ordered.values())
+    try:
+        with _Output(path, ordered) as output:
+            output.write(header)
+            done = 0
+            for piece in _gathered(ordered):
+                if digest is not None:
+                    digest.update(piece)
+                output.write(piece)
+                done += piece.nbytes
+                if progress is not None:
+                    progress(done, total)
+            if digest is not None:
+                final[MODEL_HASH], final[LEGACY_HASH] = digest.finish()
+                output.restart()
+                output.write(_header_json(entries, final))
+    except OSError as error:
+        raise LoratoolError(f"cannot be written: {error.strerror}", file=os.fspath(path)) from error
+    finally:
+        if digest is not None:
+            digest.close()
+
+
+def _entries_json(ordered: Mapping[str, LazyTensor]) -> str:
+    """The tensors' part of the header, without the braces. Refuses what the format cannot hold."""
+    parts: list[str] = []
+    position = 0
+    for name, tensor in ordered.items():
+        if name == METADATA:
+            raise LoratoolError(f"a tensor cannot be called {METADATA}", hint="rename it")
+        bits = math.prod(tensor.shape) * DTYPES.get(tensor.dtype, 0)
+        if tensor.dtype not in DTYPES:
+            raise LoratoolError(f"has dtype {tensor.dtype}, which safetensors does not know", key=name)
+        if bits != tensor.nbytes * 8:
+            raise LoratoolError(
+                f"has {tensor.nbytes} bytes, but {tensor.dtype} {list(tensor.shape)} takes {bits} bits", key=name
+            )
+        shape = ",".join(map(str, tensor.shape))
+        stop = position + tensor.nbytes
+        parts.append(f'{_quoted(name)}:{{"dtype":"{tensor.dtype}","shape":[{shape}],"data_offsets":[{position},{stop}]}}')
+        position = stop
+    return ",".join(parts)
+
+
+def _header_json(entries: str, metadata: Mapping[str, str] | None) -> bytes:
+    """Length and header as they stand in the file; `metadata` None leaves `__metadata__` out, `{}` does not."""
+    parts = [entries] if entries else []
+    if metadata is not None:
+        pairs = ",".join(f"{_quoted(name)}:{_quoted(value)}" for name, value in metadata.items())
+        parts.insert(0, f'"{METADATA}":{{{pairs}}}')
+    text = f"{{{','.join(parts)}}}".encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise LoratoolError(
+            f"the header would have {len(text)} bytes, at most {MAX_HEADER} are allowed", hint="drop metadata"
+        )
+    return len(text).to_bytes(_LENGTH, "little") + text
+
+
+def _quoted(text: str) -> str:
+    if type(text) is not str:
+        raise LoratoolError(f"{_short(text)} in the header is not text", hint="use str(value)")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise LoratoolError(f"{_short(text)} is not valid Unicode text") from error
+    # The same escapes as serde_json's: quote, backslash and control characters, everything else as it is.
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _gathered(ordered: Mapping[str, LazyTensor]) -> Iterator[memoryview]:
+    """All data in order: large pieces as they are, small ones gathered."""
+    small: list[memoryview] = []
+    size = 0
+    for name, tensor in ordered.items():
+        written = 0
+        for piece in tensor.source.chunks(CHUNK):
+            written += piece.nbytes
+            if piece.nbytes < _GATHER:
+                small.append(piece)
+                size += piece.nbytes
+            if size >= _GATHER or (small and piece.nbytes >= _GATHER):
+                yield memoryview(b"".join(small))
+                small, size = [], 0
+            if piece.nbytes >= _GATHER:
+                yield piece
+        if written != tensor.nbytes:
+            raise LoratoolError(f"gave {written} bytes, expected {tensor.nbytes}", key=name)
+    if small:
+        yield memoryview(b"".join(small))
+
+
+class _Output:
+    """A file to write to."""
+
+    def __init__(self, path: str | os.PathLike[str], tensors: Mapping[str, LazyTensor]) -> None:
+        self._path = os.fspath(path)
+        self._inputs = {t.source.file.identity for t in tensors.values() if isinstance(t.source, _FileRange)}
+
+    def __enter__(self) -> _Output:
+        # Not truncated at once: the file might be where the tensors are.
+        flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+        self._fd = os.open(self._path, flags, 0o666)
+        found = os.fstat(self._fd)
+        problem = None
+        if not stat.S_ISREG(found.st_mode):
+            problem = "the output is not a regular file"
+        elif (found.st_dev, found.st_ino) in self._inputs:
+            problem = "the output is an input"
+        if problem is not None:
+            os.close(self._fd)
+            raise LoratoolError(problem, file=self._path, hint="choose another output")
+        os.ftruncate(self._fd, 0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def write(self, data: memoryview | bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self._fd, rest) :]
+
+    def restart(self) -> None:
+        """The next write replaces the beginning of the file."""
+        os.lseek(self._fd, 0, os.SEEK_SET)
+
+
+class _Hashes:
+    """sd-scripts' two hashes of the data, computed in a thread beside the writing.
+
+    sd-scripts serialises the tensors with only the `ss_*` metadata and hashes that: `sshs_model_hash` everything
+    behind the header, `sshs_legacy_hash` the bytes 0x100000:0x110000. `header` is the header of that file.
+    """
+
+    def __init__(self, header: bytes) -> None:
+        self._model = hashlib.sha256()
+        self._legacy = hashlib.sha256(header[_LEGACY_START:_LEGACY_STOP])
+        self._position = len(header)
+        # Bounded: a disk faster than the hash must not pile up the file in memory.
+        self._queue: queue.Queue[memoryview | None] = queue.Queue(maxsize=4)
+        self._thread = threading.Thread(target=self._run, name="loratool-sha256", daemon=True)
+        self._thread.start()
+
+    def update(self, piece: memoryview) -> None:
+        """Adds the next bytes of data."""
+        first, last = _LEGACY_START - self._position, _LEGACY_STOP - self._position
+        if first < piece.nbytes and last > 0:
+            self._legacy.update(piece[max(first, 0) : last])
+        self._position += piece.nbytes
+        self._queue.put(piece)
+
+    def finish(self) -> tuple[str, str]:
+        """Both hashes: 64 and 8 hexadecimal digits."""
+        self.close()
+        return self._model.hexdigest(), self._legacy.hexdigest()[:8]
+
+    def close(self) -> None:
+        """Ends the thread, whatever happened; may be called twice."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (piece := self._queue.get()) is not None:
+            self._model.update(piece)

@@ -1,0 +1,169 @@
+"""PEFT's LoraConfig as data: from a config to the alpha of each module, and back. Shared by `peft` and `diffusers`.
+
+The scale of a module is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`; `rank_pattern` and
+`alpha_pattern` are regular expressions that must match the end of a module's path (peft.utils.get_pattern_key).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from loratool.core.architecture import Architecture
+from loratool.core.errors import FormatError, NotRepresentable
+from loratool.core.module import Module
+from loratool.core.tensor import LazyTensor
+
+_ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\.([^.]+)(\.weight|\.bias)?$")
+_BY_NAME = {"lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
+
+
+def number(config: Mapping[str, Any], field: str) -> float | None:
+    """A numeric field of a config; None if absent. FormatError if it is something else."""
+    value = config.get(field)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise FormatError(f"{field} is {value!r}, expected a number", key=field)
+    return float(value)
+
+
+def pattern(config: Mapping[str, Any], field: str) -> Mapping[str, float]:
+    """A `rank_pattern` / `alpha_pattern`. FormatError if it is no map from expressions to numbers."""
+    value = config.get(field) or {}
+    if not isinstance(value, dict):
+        raise FormatError(f"{field} is {value!r}, expected a map from names to numbers", key=field)
+    return {key: number(value, key) or 0.0 for key in value}
+
+
+class Matcher:
+    """The first expression of a pattern that matches the end of a path, as PEFT looks it up."""
+
+    def __init__(self, patterns: Mapping[str, float]) -> None:
+        self._plain = {key: value for key, value in patterns.items() if re.fullmatch(r"[\w.-]+", key)}
+        self._compiled: list[tuple[str, re.Pattern[str], float]] = []
+        for key, value in patterns.items():
+            try:
+                self._compiled.append((key, re.compile(rf"(.*\.)?({key})$"), value))
+            except re.error as error:
+                raise FormatError(f"{key!r} is not a regular expression: {error}") from error
+        self._cache: dict[str, float] = {}
+
+    def __call__(self, path: str, default: float) -> float:
+        """The value for `path`."""
+        if path in self._plain and len(self._plain) == len(self._compiled):
+            # Full names are by far the commonest patterns: no need to try hundreds of expressions on each path,
+            # unless an earlier, shorter name is a suffix of it.
+            suffixes = [path[i + 1 :] for i, char in enumerate(path) if char == "."]
+            if not any(suffix in self._plain for suffix in suffixes):
+                return self._plain[path]
+        for _, compiled, value in self._compiled:
+            if compiled.match(path):
+                return value
+        return default
+
+
+def alphas(config: Mapping[str, Any], modules: Sequence[tuple[str, Module]]) -> list[float | None]:
+    """The alpha of each (path, module) such that alpha / rank is the scale PEFT applies; None where the config has none."""
+    lora_alpha = number(config, "lora_alpha")
+    patterns = Matcher(pattern(config, "alpha_pattern"))
+    rslora = config.get("use_rslora") is True
+    found: list[float | None] = []
+    for path, module in modules:
+        if lora_alpha is None and not config.get("alpha_pattern"):
+            found.append(None)
+            continue
+        alpha = patterns(path, lora_alpha if lora_alpha is not None else 8.0)
+        found.append(alpha * math.sqrt(module.rank) if rslora else alpha)
+    return found
+
+
+def anchored(path: str) -> str:
+    """An expression that matches this path alone and not longer ones that end in it."""
+    return "^" + re.escape(path)
+
+
+def config_of(modules: Sequence[tuple[str, Module]], others: frozenset[str], anchor: bool = True) -> dict[str, Any]:
+    """The LoraConfig fields under which PEFT gives each (path, module) its rank and scale.
+
+    `others` are all paths of the model: where a path is the end of another one's, targets are written as one
+    exact expression, because PEFT matches names in a list by their end. `anchor` marks pattern keys as whole paths.
+    """
+    _all_or_none(modules, "DoRA magnitude", lambda module: module.magnitude is not None)
+    _all_or_none(modules, "lora_bias", lambda module: "bias" in module.factors)
+    ranks = Counter(module.rank for _, module in modules)
+    rank = ranks.most_common(1)[0][0]
+    effective = {path: _plain(module.scale * module.rank) for path, module in modules}
+    alpha = Counter(effective.values()).most_common(1)[0][0]
+    name = anchored if anchor else re.escape
+    paths = [path for path, _ in modules]
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name(path): module.rank for path, module in modules if module.rank != rank},
+        "alpha_pattern": {name(path): effective[path] for path in paths if effective[path] != alpha},
+        "target_modules": _targets(paths, others),
+        "use_dora": any(module.magnitude is not None for _, module in modules),
+        "lora_bias": any("bias" in module.factors for _, module in modules),
+    }
+
+
+def _all_or_none(modules: Sequence[tuple[str, Module]], what: str, has: Callable[[Module], bool]) -> None:
+    """PEFT switches these on for all modules of a config: NotRepresentable if only some have them."""
+    without = tuple(module.title for _, module in modules if not has(module))
+    if without and len(without) < len(modules):
+        raise NotRepresentable(
+            f"{len(without)} of {len(modules)} modules have no {what}, and PEFT knows it only for all of them",
+            modules=without,
+        )
+
+
+def _targets(paths: Sequence[str], others: frozenset[str]) -> list[str] | str:
+    wanted = set(paths)
+    ends = {other[i + 1 :] for other in others - wanted for i, char in enumerate(other) if char == "."}
+    if wanted & ends:
+        return "|".join(f"({re.escape(path)})" for path in sorted(wanted))
+    return sorted(wanted)
+
+
+def _plain(value: float) -> float | int:
+    """A whole number as int, as people write them in configs."""
+    return int(value) if value.is_integer() and abs(value) < 1e15 else value
+
+
+def without_adapter_name(key: str) -> str:
+    """A key without the adapter name that live PEFT models have in it (`lora_A.default.weight`)."""
+    match = _ADAPTER_NAME.search(key)
+    if match is None or match[2] in ("weight", "bias"):
+        return key
+    end = "" if match[1] in _BY_NAME else match[3] or ""
+    return f"{key[: match.start()]}.{match[1]}{end}"
+
+
+def path_of(module: Module, architecture: Architecture) -> str:
+    """The module's path in the canonical naming, which is what PEFT sees."""
+    component = module.component
+    if architecture.open:
+        return module.targets[0].path
+    for naming in architecture.namings(component).values():
+        name = naming.name_of(module.targets)
+        if name is not None:
+            return name
+    return module.targets[0].module_path
+
+
+def canonical_paths(architecture: Architecture, component: str) -> frozenset[str]:
+    """Every path of a component; none are known without a table."""
+    if architecture.open or component not in architecture.components:
+        return frozenset()
+    return frozenset(next(iter(architecture.namings(component).values())))
+
+
+def peft_magnitude(module: Module) -> LazyTensor:
+    """A row-wise magnitude in PEFT's shape: `(out,)`, for a convolution `(1, out, 1, 1)`."""
+    assert module.magnitude is not None
+    out = module.shape[0]
+    return module.magnitude.reshape((1, out, 1, 1) if len(module.shape) > 2 else (out,))

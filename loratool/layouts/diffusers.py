@@ -1,0 +1,139 @@
+"""diffusers: `unet.` / `transformer.` / `text_encoder.` in front of module paths, `lora_A` / `lora_B` behind.
+
+Alpha lives in the header entry `lora_adapter_metadata`, a JSON of LoraConfig fields with the component in front;
+without it diffusers takes the rank for alpha. Old spellings (`.lora.up.weight`, `attn1.processor.to_q_lora.up.weight`,
+`.lora_linear_layer.up.weight`) and `.alpha` beside the factors are read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from loratool.core.adapter import Adapter, Bundle
+from loratool.core.architecture import Voice
+from loratool.core.errors import FormatError
+from loratool.core.layout import ALPHA, ANY, MAGNITUDE, Layout, with_alpha
+from loratool.core.module import Module
+from loratool.core.tensor import LazyTensor
+from loratool.layouts._peft_config import (
+    alphas,
+    canonical_paths,
+    config_of,
+    path_of,
+    peft_magnitude,
+    without_adapter_name,
+)
+
+METADATA = "lora_adapter_metadata"
+
+_PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out|add_[kqv]_proj|to_add_out)_lora\.(up|down)\.weight$")
+_TODAY = {"up": "lora_B", "down": "lora_A"}
+
+
+class Diffusers(Layout):
+    """The diffusers file."""
+
+    def rewrite(self, key: str) -> str:
+        """Attention processors of 2023 into module paths; no leftover adapter name."""
+        match = _PROCESSOR.search(key)
+        if match is not None:
+            path = "to_out.0" if match[1] == "to_out" else match[1]
+            return f"{key[: match.start()]}.{path}.{_TODAY[match[2]]}.weight"
+        return without_adapter_name(key)
+
+    def with_alphas(self, adapter: Adapter) -> Adapter:
+        """Alphas from the header, where there is none beside the factors."""
+        text = adapter.metadata.get(METADATA)
+        if text is None:
+            return adapter
+        whole = _parse(text)
+        modules = list(adapter.modules)
+        for component in adapter.components:
+            config = {key.partition(".")[2]: v for key, v in whole.items() if key.startswith(f"{component}.")}
+            at = [i for i, m in enumerate(modules) if m.component == component and m.alpha is None]
+            named = [(_short(path_of(modules[i], adapter.architecture)), modules[i]) for i in at]
+            for i, alpha in zip(at, alphas(config, named), strict=True):
+                modules[i] = with_alpha(modules[i], alpha)
+        return replace(adapter, modules=tuple(modules))
+
+    def obstacle(self, module: Module) -> str | None:
+        """diffusers' magnitude is PEFT's: per output row."""
+        if module.magnitude is not None and not module.magnitude_per_row:
+            return "diffusers has no DoRA magnitude per input column"
+        return super().obstacle(module)
+
+    def stored_magnitude(self, module: Module) -> LazyTensor:
+        """As PEFT."""
+        return peft_magnitude(module)
+
+    def alpha_tensor(self, module: Module) -> LazyTensor | None:
+        """Never beside the factors: diffusers would apply it to some models and ignore it for others."""
+        return None
+
+    def finish(self, adapter: Adapter, bundle: Bundle, voices: Mapping[str, Voice]) -> Bundle:
+        """With the header entry for all components, wherever diffusers would guess wrong without it."""
+        metadata = {**bundle.metadata, "format": "pt"}
+        metadata.pop(METADATA, None)
+        if _told_by_shapes(adapter):
+            return Bundle(bundle.tensors, metadata)
+        whole: dict[str, Any] = {}
+        for component in adapter.components:
+            modules = [(_short(path_of(m, adapter.architecture)), m) for m in adapter.of(component)]
+            others = frozenset(_short(path) for path in canonical_paths(adapter.architecture, component))
+            # An encoder's `text_model.` comes and goes between versions of transformers: its names are left open at
+            # the front, so that they match either way.
+            config = config_of(modules, others, anchor=not component.startswith("text_encoder"))
+            whole |= {f"{component}.{field}": value for field, value in config.items()}
+        metadata[METADATA] = json.dumps(whole, indent=2, sort_keys=True)
+        return Bundle(bundle.tensors, metadata)
+
+
+def _told_by_shapes(adapter: Adapter) -> bool:
+    """Whether diffusers finds every rank and scale by itself: one rank per component, scale 1, nothing special."""
+    plain = all(m.scale == 1.0 and m.magnitude is None and "bias" not in m.factors for m in adapter.modules)
+    return plain and all(len({m.rank for m in adapter.of(c)}) == 1 for c in adapter.components)
+
+
+def _short(path: str) -> str:
+    return path.removeprefix("text_model.")
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"is not JSON: {error}", key=METADATA) from error
+    if not isinstance(whole, dict):
+        raise FormatError("is not a JSON object", key=METADATA)
+    return whole
+
+
+LAYOUT = Diffusers(
+    id="diffusers",
+    title="diffusers",
+    separator=".",
+    spelling={
+        ("lora", "down"): ".lora_A.weight",
+        ("lora", "up"): ".lora_B.weight",
+        ("lora", "bias"): ".lora_B.bias",
+        ("lora", "embedding_A"): ".lora_embedding_A",
+        ("lora", "embedding_B"): ".lora_embedding_B",
+        (ANY, ALPHA): ".alpha",
+        (ANY, MAGNITUDE): ".lora_magnitude_vector",
+    },
+    aliases={
+        ".lora.down.weight": ("lora", "down"),
+        ".lora.up.weight": ("lora", "up"),
+        ".lora_linear_layer.down.weight": ("lora", "down"),
+        ".lora_linear_layer.up.weight": ("lora", "up"),
+        ".lora_down.weight": ("lora", "down"),
+        ".lora_up.weight": ("lora", "up"),
+        ".dora_scale": (ANY, MAGNITUDE),
+        ".lora_magnitude_vector.weight": (ANY, MAGNITUDE),
+    },
+    header_entries=(METADATA,),
+)

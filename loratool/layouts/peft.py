@@ -1,0 +1,142 @@
+"""peft: a folder with `adapter_config.json` and `adapter_model.safetensors`, as PEFT's `save_pretrained` writes it.
+
+Alpha lives in the config, one for all modules or by pattern. An adapter with several components is one folder
+with a sub-folder for each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from loratool.core.adapter import Adapter, Bundle
+from loratool.core.architecture import Architecture, Spoken, Voice
+from loratool.core.errors import FormatError
+from loratool.core.layout import ANY, COMPONENT, MAGNITUDE, Layout, with_alpha
+from loratool.core.module import Module
+from loratool.core.tensor import LazyTensor
+from loratool.layouts._peft_config import (
+    alphas,
+    canonical_paths,
+    config_of,
+    path_of,
+    peft_magnitude,
+    without_adapter_name,
+)
+
+CONFIG = "adapter_config.json"
+
+
+class Peft(Layout):
+    """The PEFT folder."""
+
+    def rewrite(self, key: str) -> str:
+        """Without a leftover adapter name, and without the `.weight` of a magnitude or embedding."""
+        key = without_adapter_name(key)
+        return key.removesuffix(".weight") if key.endswith(".lora_magnitude_vector.weight") else key
+
+    def resolve(self, stem: str, architecture: Architecture, metadata: Mapping[str, str]) -> Sequence[Spoken]:
+        """In a sub-folder named after a component, only what belongs to that component."""
+        folder, slash, name = stem.rpartition("/")
+        spoken = super().resolve(name, architecture, metadata)
+        own = [said for said in spoken if said.component == folder] or spoken
+        return [replace(said, voice=Voice(folder + slash + said.voice.prefix, said.voice.naming)) for said in own]
+
+    def with_alphas(self, adapter: Adapter) -> Adapter:
+        """Alphas from the config of each component's folder."""
+        modules = list(adapter.modules)
+        folders = [_folder(next(iter(module.keys.values()))) for module in modules]
+        without = []
+        for folder in dict.fromkeys(folders):
+            text = adapter.side_files.get(folder + CONFIG)
+            at = [i for i, other in enumerate(folders) if other == folder and modules[i].alpha is None]
+            if text is None:
+                without += at
+                continue
+            named = [(path_of(modules[i], adapter.architecture), modules[i]) for i in at]
+            for i, alpha in zip(at, alphas(parse_config(text), named), strict=True):
+                modules[i] = with_alpha(modules[i], alpha)
+        if without:
+            note = f"no {CONFIG} beside the file: alpha is unknown and taken as the rank"
+            adapter = replace(adapter, notes=(*adapter.notes, note))
+        return replace(adapter, modules=tuple(modules))
+
+    def obstacle(self, module: Module) -> str | None:
+        """PEFT's magnitude is per output row."""
+        if module.magnitude is not None and not module.magnitude_per_row:
+            return "peft has no DoRA magnitude per input column"
+        return super().obstacle(module)
+
+    def stored_magnitude(self, module: Module) -> LazyTensor:
+        """`(out,)`, for a convolution `(1, out, 1, 1)`."""
+        return peft_magnitude(module)
+
+    def voices_for(self, adapter: Adapter) -> Mapping[str, Voice]:
+        """With the component's sub-folder in front where there are several components."""
+        voices = super().voices_for(adapter)
+        if len(adapter.components) < 2:
+            return voices
+        return {component: Voice(f"{component}/{voice.prefix}", voice.naming) for component, voice in voices.items()}
+
+    def finish(self, adapter: Adapter, bundle: Bundle, voices: Mapping[str, Voice]) -> Bundle:
+        """With one config per component."""
+        single = len(adapter.components) == 1
+        metadata = {**bundle.metadata, "format": "pt"}
+        if single and _ambiguous(adapter):
+            metadata[COMPONENT] = adapter.components[0]
+        sides = {}
+        for component in adapter.components:
+            modules = [(path_of(module, adapter.architecture), module) for module in adapter.of(component)]
+            others = canonical_paths(adapter.architecture, component)
+            config = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True}
+            config |= {"bias": "none", "fan_in_fan_out": False, "use_rslora": False, "modules_to_save": None}
+            config |= config_of(modules, others)
+            sides[("" if single else f"{component}/") + CONFIG] = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        return Bundle(bundle.tensors, metadata, sides)
+
+
+def _folder(key: str) -> str:
+    """The sub-folder in front of a key, with its slash, or nothing."""
+    return key[: key.rfind("/") + 1]
+
+
+def _ambiguous(adapter: Adapter) -> bool:
+    """Whether another component has the same names: the two encoders of SDXL."""
+    if adapter.architecture.open:
+        return adapter.components[0] != "model"
+    own = canonical_paths(adapter.architecture, adapter.components[0])
+    others = (c for c in adapter.architecture.components if c != adapter.components[0])
+    return any(own & canonical_paths(adapter.architecture, component) for component in others)
+
+
+def parse_config(text: str) -> dict[str, Any]:
+    """The config as a dict. FormatError if it is no JSON object or of another kind than LoRA."""
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"is not JSON: {error}", key=CONFIG) from error
+    if not isinstance(config, dict):
+        raise FormatError("is not a JSON object", key=CONFIG)
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise FormatError(f"peft_type is {kind!r}; only LORA can be read so far", key=CONFIG)
+    return config
+
+
+LAYOUT = Peft(
+    id="peft",
+    title="PEFT folder",
+    separator=".",
+    spelling={
+        ("lora", "down"): ".lora_A.weight",
+        ("lora", "up"): ".lora_B.weight",
+        ("lora", "bias"): ".lora_B.bias",
+        ("lora", "embedding_A"): ".lora_embedding_A",
+        ("lora", "embedding_B"): ".lora_embedding_B",
+        (ANY, MAGNITUDE): ".lora_magnitude_vector",
+    },
+    header_entries=(COMPONENT,),
+    folder=True,
+)

@@ -1,0 +1,58 @@
+"""Headers: what the metadata of a made file must say so that it is true."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from loratool.core.adapter import Adapter
+from loratool.core.layout import Layout
+from loratool.ops import origin
+
+PLACEHOLDER = "0" * 64
+"""Stands for `sshs_model_hash` until the writer has hashed what it writes."""
+
+STALE = ("modelspec.hash_sha256",)
+"""Hashes over the tensors in an order that another spelling changes: they would be false."""
+
+
+def converted_header(
+    adapter: Adapter, source: Layout, layout: Layout, written: Mapping[str, str]
+) -> dict[str, str]:
+    """The header of a converted file: the old one, less what described the old spelling, with true network facts.
+
+    `adapter` is grouped as in the new file, `written` what `layout` itself put into the header.
+    """
+    foreign = set(source.header_entries) - set(layout.header_entries) if source.id != layout.id else set()
+    header = {k: v for k, v in written.items() if k not in foreign and k not in STALE and k != origin.ENTRY}
+    if layout.id == "kohya":
+        header = {"ss_network_module": _network_module(adapter), **adapter.architecture.facts, **header}
+        header.setdefault("ss_network_dim", "")
+        header.setdefault("ss_network_alpha", "")
+        header.setdefault("sshs_model_hash", PLACEHOLDER)
+        header.setdefault("sshs_legacy_hash", PLACEHOLDER[:8])
+    if "ss_network_dim" in header:
+        header["ss_network_dim"] = _commonest(Counter(m.rank for m in adapter.modules), header["ss_network_dim"])
+    if "ss_network_alpha" in header:
+        alphas = Counter(float(m.rank if m.alpha is None else m.alpha) for m in adapter.modules)
+        header["ss_network_alpha"] = _commonest(alphas, header["ss_network_alpha"])
+    return header
+
+
+def _commonest(values: Counter[int] | Counter[float], stated: str) -> str:
+    """What sd-scripts states: the one value, or "Dynamic". What the file states stays if it is the commonest value:
+    trainers state the main dim and put a convolution's own into `ss_network_args`."""
+    ((value, _), *_) = values.most_common(1)
+    try:
+        if float(stated) == value:
+            return stated
+    except ValueError:
+        pass
+    return f"{value:g}" if len(values) == 1 else "Dynamic"
+
+
+def _network_module(adapter: Adapter) -> str:
+    """The Python module that trains such a network."""
+    if any(module.family.id != "lora" or "mid" in module.factors for module in adapter.modules):
+        return "lycoris.kohya"
+    return "networks.lora_flux" if adapter.architecture.id.startswith("flux") else "networks.lora"

@@ -1,0 +1,221 @@
+"""inspect: everything `loratool info` says about a file, as data. Reads headers and alpha scalars, never torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from loratool.core.adapter import Adapter
+from loratool.core.layout import fits
+from loratool.core.module import Module
+from loratool.ops import origin
+from loratool.ops.open import Opened, open_detected
+
+TOP_TAGS = 12
+
+_SCORE_CLOSE = 0.1
+"""A runner-up whose score is this close to the best is worth a word."""
+
+
+@dataclass(frozen=True)
+class ComponentInfo:
+    """One component's modules: counts by rank, by alpha ("none" where the file has none) and by block."""
+
+    modules: int
+    parameters: int
+    ranks: Mapping[int, int]
+    alphas: Mapping[str, int]
+    blocks: Mapping[str, int]
+    families: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a file is. Sizes in bytes, `architecture_score` the share of its keys' names that the tables know."""
+
+    path: str
+    layout: str
+    layout_title: str
+    architecture: str
+    architecture_title: str
+    architecture_score: float
+    runner_up: Mapping[str, float]
+    standard_width: bool
+    written_by: str | None
+    families: Mapping[str, int]
+    modules: int
+    components: Mapping[str, ComponentInfo]
+    ranks: Mapping[int, int]
+    alphas: Mapping[str, int]
+    dtypes: Mapping[str, int]
+    dora: int
+    parameters: int
+    size_bytes: int
+    training: Mapping[str, str]
+    tags: Sequence[tuple[str, int]]
+    trigger: str | None
+    webui_tag: str
+    metadata: Mapping[str, str]
+    side_files: Mapping[str, str]
+    unread_keys: Sequence[str]
+    unread_families: Mapping[str, int]
+    notes: Sequence[str]
+    adapter: Adapter
+
+
+def inspect(path: str | os.PathLike[str], architecture: str | None = None) -> Info:
+    """What the file or folder at `path` is. Raises LoratoolError where it is no adapter, or a broken one."""
+    return describe(open_detected(path, architecture=architecture))
+
+
+def describe(opened: Opened) -> Info:
+    """What an opened adapter is."""
+    adapter, best = opened.adapter, opened.detection.best
+    runner = opened.detection.runner_up
+    close = runner is not None and (best.architecture.open or runner.score > best.score - _SCORE_CLOSE)
+    metadata = adapter.metadata
+    return Info(
+        path=adapter.path,
+        layout=adapter.layout,
+        layout_title=best.layout.title,
+        architecture=adapter.architecture.id,
+        architecture_title=adapter.architecture.title,
+        architecture_score=round(best.resolved, 4) if not best.architecture.open else 0.0,
+        runner_up={runner.architecture.id: round(runner.resolved, 4)} if runner and close else {},
+        standard_width=adapter.architecture.open or all(fits(m.targets, m.shape) for m in adapter.modules),
+        written_by=_written_by(metadata, adapter.side_files),
+        families=dict(Counter(module.family.id for module in adapter.modules)),
+        modules=len(adapter.modules),
+        components={component: _component(adapter.of(component)) for component in adapter.components},
+        ranks=dict(adapter.ranks.most_common()),
+        alphas=_alphas(adapter.modules),
+        dtypes=dict(Counter(t.dtype for m in adapter.modules for t in m.factors.values()).most_common()),
+        dora=sum(module.magnitude is not None for module in adapter.modules),
+        parameters=sum(module.parameters for module in adapter.modules),
+        size_bytes=adapter.size_bytes,
+        training=_training(metadata),
+        tags=_tags(metadata),
+        trigger=metadata.get("modelspec.trigger_phrase") or _learned_tokens(adapter),
+        webui_tag=f"<lora:{Path(adapter.path).stem}:1>",
+        metadata={key: value for key, value in metadata.items() if key != origin.ENTRY},
+        side_files=adapter.side_files,
+        unread_keys=tuple(adapter.extras),
+        unread_families=adapter.unread_families,
+        notes=adapter.notes,
+        adapter=adapter,
+    )
+
+
+def _component(modules: Sequence[Module]) -> ComponentInfo:
+    return ComponentInfo(
+        modules=len(modules),
+        parameters=sum(module.parameters for module in modules),
+        ranks=dict(Counter(module.rank for module in modules).most_common()),
+        alphas=_alphas(modules),
+        blocks=dict(Counter(block_of(module) for module in modules)),
+        families=dict(Counter(module.family.id for module in modules)),
+    )
+
+
+def block_of(module: Module) -> str:
+    """The block a module belongs to: its path up to the first number, or its first part (all of a UNet's middle)."""
+    parts = module.targets[0].module_path.split(".")
+    if parts[0].startswith("mid"):
+        return parts[0]
+    for end, part in enumerate(parts[:-1]):
+        if part.isdigit():
+            return ".".join(parts[: end + 1])
+    return parts[0]
+
+
+def _alphas(modules: Sequence[Module]) -> dict[str, int]:
+    counted = Counter("none" if module.alpha is None else f"{module.alpha:g}" for module in modules)
+    return dict(counted.most_common())
+
+
+def _written_by(metadata: Mapping[str, str], sides: Mapping[str, str]) -> str | None:
+    """The program that wrote the file, where its metadata say so."""
+    ticket = origin.decode(metadata)
+    if ticket is not None:
+        return f"loratool, converted from {ticket.layout}"
+    if "software" in metadata:
+        software = _json(metadata["software"])
+        if isinstance(software, dict) and "name" in software:
+            return f"{software['name']} {software.get('version', '')}".strip()
+        return metadata["software"][:60]
+    if any(key.startswith("ot_") for key in metadata):
+        return "OneTrainer"
+    if "ss_network_module" in metadata or "ss_sd_scripts_commit_hash" in metadata:
+        module = metadata.get("ss_network_module", "")
+        return "LyCORIS on sd-scripts" if module.startswith("lycoris") else f"sd-scripts ({module or 'kohya'})"
+    if "modelspec.implementation" in metadata:
+        return metadata["modelspec.implementation"][:60]
+    if "lora_adapter_metadata" in metadata:
+        return "diffusers (with adapter metadata)"
+    for text in sides.values():
+        config = _json(text)
+        if isinstance(config, dict):
+            return f"PEFT {config.get('peft_version', '')}".strip()
+    return None
+
+
+_FACTS = (
+    ("title", ("modelspec.title", "ss_output_name")),
+    ("author", ("modelspec.author",)),
+    ("license", ("modelspec.license",)),
+    ("base model", ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")),
+    ("resolution", ("ss_resolution", "modelspec.resolution")),
+    ("images", ("ss_num_train_images",)),
+    ("steps", ("ss_steps", "ss_max_train_steps")),
+    ("epochs", ("ss_epoch", "ss_num_epochs")),
+    ("learning rate", ("ss_learning_rate",)),
+    ("unet lr", ("ss_unet_lr",)),
+    ("text encoder lr", ("ss_text_encoder_lr",)),
+    ("optimizer", ("ss_optimizer",)),
+    ("trained", ("ss_training_started_at", "modelspec.date")),
+)
+
+
+def _training(metadata: Mapping[str, str]) -> dict[str, str]:
+    facts = {}
+    for title, keys in _FACTS:
+        value = next((metadata[key] for key in keys if metadata.get(key) not in (None, "", "None")), None)
+        if value is not None:
+            facts[title] = _date(value) if title == "trained" else value
+    return facts
+
+
+def _date(value: str) -> str:
+    try:
+        return datetime.fromtimestamp(float(value), timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    except (ValueError, OverflowError, OSError):
+        return value
+
+
+def _tags(metadata: Mapping[str, str]) -> list[tuple[str, int]]:
+    """The most frequent caption tags over all data sets."""
+    frequency = _json(metadata.get("ss_tag_frequency", ""))
+    counts: Counter[str] = Counter()
+    for tags in frequency.values() if isinstance(frequency, dict) else ():
+        if isinstance(tags, dict):
+            counts.update({tag.strip(): n for tag, n in tags.items() if isinstance(n, int) and tag.strip()})
+    return counts.most_common(TOP_TAGS)
+
+
+def _learned_tokens(adapter: Adapter) -> str | None:
+    """Tokens whose embeddings the file brings along (cloneofsimo)."""
+    tokens = [key for key in adapter.extras if adapter.metadata.get(key) == "<embed>"]
+    return " ".join(tokens) or None
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,85 @@
+"""Opening: from a path to an Adapter."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+from loratool.core.adapter import Adapter, Bundle
+from loratool.core.architecture import Architecture
+from loratool.core.detect import Detection, detect
+from loratool.core.errors import FormatError, LoratoolError, UnknownModel
+from loratool.core.identify import what_it_is
+from loratool.core.registry import architectures, layouts
+from loratool.files.bundle import read_bundle
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An adapter and how it was recognised."""
+
+    adapter: Adapter
+    detection: Detection
+
+
+def open_adapter(
+    path: str | os.PathLike[str], *, architecture: Architecture | str | None = None, layout: str | None = None
+) -> Adapter:
+    """The adapter at `path` (a file or a PEFT folder). Reads headers, side files and alpha scalars, nothing else.
+
+    `architecture` and `layout` say what it is instead of letting it be detected. Raises FormatError for what is no
+    adapter, with what it is instead where that can be told.
+    """
+    return open_detected(path, architecture=architecture, layout=layout).adapter
+
+
+def open_detected(
+    path: str | os.PathLike[str], *, architecture: Architecture | str | None = None, layout: str | None = None
+) -> Opened:
+    """As `open_adapter`, with how it was recognised."""
+    bundle = read_bundle(path)
+    try:
+        return understand(bundle, _named(architecture), layout)
+    except LoratoolError as error:
+        raise error.with_file(str(path)) from error.__cause__
+
+
+def _named(architecture: Architecture | str | None) -> Architecture | None:
+    if not isinstance(architecture, str):
+        return architecture
+    known = architectures()
+    if architecture not in known:
+        raise UnknownModel(f"no architecture is called {architecture!r}", hint=f"known: {', '.join(sorted(known))}")
+    return known[architecture]
+
+
+def understand(bundle: Bundle, architecture: Architecture | None = None, layout: str | None = None) -> Opened:
+    """The adapter in a bundle. Raises FormatError if there is none."""
+    other = None if architecture else what_it_is(bundle)
+    if other is not None:
+        raise FormatError(f"is {other.what}, not a LoRA", hint=other.hint)
+    among = None if architecture is None else [architecture]
+    found = detect(bundle, among, layout)
+    if found is None:
+        raise FormatError(
+            f"holds no key of an adapter (first key: {next(iter(bundle.tensors), 'none')!r})",
+            hint="it is no LoRA, or of a kind that is not known yet",
+        )
+    best = found.best
+    if architecture is not None and best.architecture is not architecture:
+        raise UnknownModel(f"no key is a name of {architecture.title}", hint="leave --architecture out to have it detected")
+    adapter = best.layout.read(bundle, best.architecture)
+    if not adapter.modules:
+        kinds = ", ".join(f"{family} ({count})" for family, count in sorted(adapter.unread_families.items()))
+        raise FormatError(f"holds no module that can be read{f': only {kinds}' if kinds else ''}")
+    if found.tie:
+        note = f"could be any of {', '.join(found.tie)}: nothing in the file tells them apart; name one with --architecture"
+        adapter = replace(adapter, notes=(*adapter.notes, note))
+    return Opened(adapter, found)
+
+
+def layout_named(name: str) -> str:
+    """The id of a layout. Raises UnknownModel with the known ones."""
+    if name not in layouts():
+        raise UnknownModel(f"no layout is called {name!r}", hint=f"known: {', '.join(sorted(layouts()))}")
+    return name

@@ -1,0 +1,118 @@
+"""`loratool convert` as text and as JSON, and its progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from loratool.ops.convert_file import Report
+from loratool.report.inert import inert
+from loratool.report.units import histogram, plural, size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_NAMED = 6
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The documented schema of `--json` (docs/json.md)."""
+    data = asdict(report)
+    for field in ("ranks_before", "ranks_after"):
+        data[field] = {str(rank): n for rank, n in data[field].items()}
+    data["seconds"] = round(report.seconds, 3)
+    return data
+
+
+def show(report: Report, console: Console) -> None:
+    """A few lines: from what to what, what the proof says, what is worth knowing."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+
+    def row(title: str, value: str, style: str = "") -> None:
+        table.add_row(title, Text(value, style=style))
+
+    row("read", f"{inert(report.source, 200)}")
+    row("", f"{report.layout_before}, {report.architecture_title}, {_modules(report.modules_before, report.ranks_before, report.size_before)}")
+    row("wrote", f"{inert(report.output, 200)}")
+    row("", f"{report.layout_after}, {_modules(report.modules_after, report.ranks_after, report.size_after)}")
+    if report.proof is None:
+        row("verified", "no (--no-verify)", "yellow")
+    else:
+        row("verified", _proof(report), "green")
+    if report.returned:
+        row("", "the original's keys, header and side files are back")
+    for item in report.approximated[:_NAMED]:
+        row("approximated", f"{inert(item.title, 120)}: {item.family} as LoRA of rank {item.rank}, relative error {item.error:.2g}", "yellow")
+    if len(report.approximated) > _NAMED:
+        worst = max(item.error for item in report.approximated)
+        row("", f"+{len(report.approximated) - _NAMED} more, largest relative error {worst:.2g}", "yellow")
+    _named(row, "kept", "no modules, kept as they are", report.kept)
+    _named(row, "carried", "no modules, carried in the header", report.carried)
+    _named(row, "left out", "no modules, left out (--drop-extras)", report.dropped)
+    _named(row, "zero", "parts of fused modules that update nothing", report.vanished)
+    for family, n in report.unread_families.items():
+        row("not read yet", f"{plural(n, 'module')} of the kind {family}", "yellow")
+    for note in report.notes:
+        row("note", inert(note), "yellow")
+    console.print(table)
+
+
+def _named(row: Callable[..., None], title: str, what: str, names: tuple[str, ...]) -> None:
+    if names:
+        shown = ", ".join(inert(name, 100) for name in names[:_NAMED])
+        more = f", +{len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        row(title, f"{plural(len(names), 'tensor' if title != 'zero' else 'part')} ({what}): {shown}{more}", "yellow")
+
+
+def _modules(count: int, ranks: Any, bytes_: int) -> str:
+    return f"{plural(count, 'module')}, rank {histogram(ranks)}, {size(bytes_)}"
+
+
+def _proof(report: Report) -> str:
+    proof = report.proof
+    assert proof is not None
+    if proof.bitwise == proof.compared:
+        return f"{plural(proof.compared, 'update')} read back, all the same bit for bit"
+    rest = proof.compared - proof.bitwise
+    return (
+        f"{plural(proof.compared, 'update')} read back: {proof.bitwise:,} the same bit for bit, {rest:,} to rounding; "
+        f"largest relative error {proof.worst:.1e} (limit {proof.tolerance:.0e})"
+    )
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A progress bar on a terminal's stderr with speed and time left; None elsewhere."""
+    if not console.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    ) as bar:
+        writing = bar.add_task("writing", total=None)
+        verifying: list[Any] = []
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage == "writing":
+                bar.update(writing, completed=done, total=total)
+                return
+            if not verifying:
+                verifying.append(bar.add_task("verifying", total=total))
+            bar.update(verifying[0], description=f"verifying {done}/{total}", completed=done, total=total)
+
+        yield tell

@@ -1,0 +1,240 @@
+"""`loratool info` as text and as JSON."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.core.module import Module
+from loratool.ops.inspect import ComponentInfo, Info
+from loratool.report.inert import inert
+from loratool.report.units import count, histogram, plural, size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_VALUE = 300
+_UNREAD = 8
+
+
+def as_json(info: Info, keys: bool = False) -> dict[str, Any]:
+    """The documented schema of `--json` (docs/json.md). `keys` adds every module."""
+    data: dict[str, Any] = {
+        "path": info.path,
+        "layout": info.layout,
+        "architecture": info.architecture,
+        "architecture_score": info.architecture_score,
+        "runner_up": dict(info.runner_up),
+        "standard_width": info.standard_width,
+        "written_by": info.written_by,
+        "families": dict(info.families),
+        "modules": info.modules,
+        "components": {
+            name: {
+                "modules": c.modules,
+                "parameters": c.parameters,
+                "families": dict(c.families),
+                "ranks": {str(rank): n for rank, n in c.ranks.items()},
+                "alphas": dict(c.alphas),
+                "blocks": dict(c.blocks),
+            }
+            for name, c in info.components.items()
+        },
+        "ranks": {str(rank): n for rank, n in info.ranks.items()},
+        "alphas": dict(info.alphas),
+        "dtypes": dict(info.dtypes),
+        "dora_modules": info.dora,
+        "parameters": info.parameters,
+        "size_bytes": info.size_bytes,
+        "training": dict(info.training),
+        "tags": [{"tag": tag, "count": n} for tag, n in info.tags],
+        "trigger": info.trigger,
+        "webui_tag": info.webui_tag,
+        "metadata": dict(info.metadata),
+        "unread_keys": list(info.unread_keys),
+        "unread_families": dict(info.unread_families),
+        "notes": list(info.notes),
+    }
+    if keys:
+        data["module_list"] = [_module_json(module) for module in info.adapter.modules]
+    return data
+
+
+def _module_json(module: Module) -> dict[str, Any]:
+    return {
+        "component": module.component,
+        "targets": [target.path for target in module.targets],
+        "family": module.family.id,
+        "rank": module.rank,
+        "alpha": module.alpha,
+        "scale": module.scale,
+        "shape": list(module.shape),
+        "dtype": module.dtype,
+        "dora": module.magnitude is not None,
+        "keys": dict(module.keys),
+    }
+
+
+def show(info: Info, console: Console, keys: bool = False, metadata: bool = False) -> None:
+    """One file on one screen; `keys` and `metadata` add everything there is."""
+    from rich.table import Table
+    from rich.text import Text
+
+    console.print(Text(f"{inert(Path(info.path).name, 60)}  ", style="bold") + Text(size(info.size_bytes), style="dim"))
+    console.print(Text("  " + _sentence(info)))
+    console.print()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="bold")
+    for title, right in (("component", False), ("modules", True), ("params", True)):
+        table.add_column(title, justify="right" if right else "left", no_wrap=True)
+    table.add_column("rank", overflow="fold")
+    table.add_column("alpha", overflow="fold")
+    table.add_column("blocks", overflow="fold")
+    for name, part in info.components.items():
+        table.add_row(
+            Text(inert(name)),
+            f"{part.modules:,}",
+            count(part.parameters),
+            histogram(part.ranks),
+            histogram(part.alphas),
+            Text(inert(_blocks(part), 200)),
+        )
+    console.print(table)
+    console.print()
+    _facts(info, console)
+    if keys:
+        _keys(info.adapter.modules, console)
+    if metadata:
+        _metadata(info.metadata, info.side_files, console)
+
+
+def _sentence(info: Info) -> str:
+    kinds = " + ".join(f"{n} {family}" for family, n in info.families.items()) if len(info.families) > 1 else ""
+    family = next(iter(info.families)) if not kinds else "mixed"
+    title = {"lora": "LoRA", "lokr": "LoKr"}.get(family, family)
+    if info.dora:
+        title += " with DoRA" if info.dora == info.modules else f" with DoRA on {info.dora}"
+    dtypes = "/".join(info.dtypes)
+    text = f"{title} for {info.architecture_title}, {info.layout} layout, {plural(info.modules, 'module')}"
+    return f"{text}{f' ({kinds})' if kinds else ''}, {dtypes}"
+
+
+def _facts(info: Info, console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+
+    def row(title: str, value: str, style: str = "") -> None:
+        table.add_row(f"  {title}", Text(value, style=style))
+
+    if info.architecture_score:
+        sure = f"{info.architecture}, {info.architecture_score:.0%} of the names known"
+        if info.runner_up:
+            sure += "; next " + ", ".join(f"{name} {share:.0%}" for name, share in info.runner_up.items())
+        row("model", sure)
+    elif info.runner_up:
+        row("model", "nearest: " + ", ".join(f"{name} {share:.0%}" for name, share in info.runner_up.items()))
+    if not info.standard_width:
+        row("width", "not the standard model's: a distilled, pruned or test model", "yellow")
+    row("parameters", f"{count(info.parameters)} in {plural(info.modules, 'module')}")
+    if info.written_by:
+        row("written by", inert(info.written_by, 100))
+    for title, value in info.training.items():
+        row(title, inert(value, 120))
+    if info.trigger:
+        row("trigger", inert(info.trigger, 200))
+    if info.tags:
+        row("top tags", inert(", ".join(f"{tag} ({n})" for tag, n in info.tags), 400))
+    row("WebUI tag", inert(info.webui_tag, 200), "bold")
+    if info.unread_keys:
+        shown = ", ".join(inert(key, 100) for key in info.unread_keys[:_UNREAD])
+        more = len(info.unread_keys) - _UNREAD
+        row("no modules", f"{plural(len(info.unread_keys), 'key')}: {shown}{f', +{more} more' if more > 0 else ''}", "yellow")
+    for family, n in info.unread_families.items():
+        row("not read yet", f"{plural(n, 'module')} of the kind {family}", "yellow")
+    for note in info.notes:
+        row("note", inert(note), "yellow")
+    console.print(table)
+
+
+def _blocks(part: ComponentInfo) -> str:
+    """`down_blocks 0-2, mid_block, up_blocks 1-3`: the blocks that have modules, runs of numbers joined."""
+    numbered: dict[str, list[int]] = {}
+    for block in part.blocks:
+        name, _, number = block.rpartition(".")
+        if name and number.isdigit():
+            numbered.setdefault(name, []).append(int(number))
+        else:
+            numbered.setdefault(block, [])
+    named = []
+    for name, numbers in numbered.items():
+        short = re.sub(r"^.*\.", "", name)
+        named.append(f"{short} {_runs(sorted(numbers))}" if numbers else short)
+    return ", ".join(named)
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _keys(modules: Sequence[Module], console: Console) -> None:
+    from rich.text import Text
+
+    console.print()
+    for module in modules:
+        names = " + ".join(target.path for target in module.targets)
+        alpha = "none" if module.alpha is None else f"{module.alpha:g}"
+        shape = "x".join(str(size) for size in module.shape)
+        dora = ", DoRA" if module.magnitude is not None else ""
+        line = f"{module.component}.{names}  {module.family.id} rank {module.rank}, alpha {alpha}, {shape}, {module.dtype}{dora}"
+        console.print(Text(inert(line)), soft_wrap=True)
+
+
+def _metadata(metadata: Mapping[str, str], sides: Mapping[str, str], console: Console) -> None:
+    from rich.text import Text
+
+    console.print()
+    for title, entries in (("metadata", metadata), ("side files", sides)):
+        for key, value in entries.items():
+            console.print(Text(f"{inert(key, 200)}: ", style="bold") + Text(inert(value)), soft_wrap=True)
+        if not entries and title == "metadata":
+            console.print("no metadata")
+
+
+def show_many(infos: Sequence[Info], failures: int, console: Console) -> None:
+    """One row per file, then totals."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
+    table.add_column("file", overflow="fold", ratio=1)
+    for title in ("model", "layout", "kind", "modules", "rank", "size"):
+        right = title in ("modules", "size")
+        table.add_column(title, justify="right" if right else "left", overflow="fold")
+    for info in infos:
+        table.add_row(
+            Text(inert(Path(info.path).name, 80)),
+            info.architecture,
+            info.layout,
+            "+".join(info.families) + (" dora" if info.dora else ""),
+            f"{info.modules:,}",
+            histogram(info.ranks, 2),
+            size(info.size_bytes),
+        )
+    console.print(table)
+    models: dict[str, int] = {}
+    for info in infos:
+        models[info.architecture] = models.get(info.architecture, 0) + 1
+    by_model = ", ".join(f"{n} {name}" for name, n in models.items())
+    total = f"{plural(len(infos), 'file')} ({by_model}), {size(sum(info.size_bytes for info in infos))}"
+    console.print(Text(total + (f"; {failures} could not be read" if failures else ""), style="dim"))
