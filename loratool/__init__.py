@@ -1,3 +1,39 @@
-"""loratool: inspect, convert, merge, resize and bake LoRA files."""
+"""loratool: inspect, convert, merge, resize and bake LoRA files.
+
+The front door of the library. Names are imported when they are first used: `import loratool` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from loratool.core.adapter import Adapter
+    from loratool.core.errors import LoratoolError
+    from loratool.ops.convert import convert
+    from loratool.ops.convert_file import convert_file
+    from loratool.ops.inspect import inspect
+    from loratool.ops.open import open_adapter
+    from loratool.ops.save import save
+
+_HOME = {
+    "Adapter": "loratool.core.adapter",
+    "LoratoolError": "loratool.core.errors",
+    "convert": "loratool.ops.convert",
+    "convert_file": "loratool.ops.convert_file",
+    "inspect": "loratool.ops.inspect",
+    "open_adapter": "loratool.ops.open",
+    "save": "loratool.ops.save",
+}
+
+__all__ = ["Adapter", "LoratoolError", "convert", "convert_file", "inspect", "open_adapter", "save"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'loratool' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)

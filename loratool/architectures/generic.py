@@ -20,7 +20,7 @@ def _voice(prefix: str) -> Voice:
 ARCHITECTURE = Architecture(
     id="generic",
     title="a model without a table",
-    components={component: _nothing for component in _COMPONENTS},
+    components=dict.fromkeys(_COMPONENTS, _nothing),
     writes={
         # Without a table nothing says which component a bare name belongs to: it is "the model".
         "peft": {component: _voice("base_model.model.") for component in _COMPONENTS},

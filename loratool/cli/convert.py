@@ -23,21 +23,22 @@ def convert(
         Optional[str], typer.Option("--base", metavar="PATH", help="A checkpoint of the model, to take its names from.")
     ] = None,
     architecture: Annotated[
-        Optional[str], typer.Option("--architecture", metavar="ID", help="Take the model as given (sd15, sdxl, flux, ...).")
+        Optional[str],
+        typer.Option("--architecture", metavar="ID", help="Take the model as given (sd15, sdxl, flux, ...)."),
     ] = None,
     approximate: Annotated[
         Optional[str],
         typer.Option(
-            "--approximate", metavar="FAMILY", help="lora: rewrite modules that LAYOUT cannot express as LoRA (needs --rank or --energy)."
+            "--approximate",
+            metavar="FAMILY",
+            help="lora: rewrite modules that LAYOUT cannot express as LoRA (needs --rank or --energy).",
         ),
     ] = None,
     rank: Annotated[Optional[int], typer.Option("--rank", metavar="N", help="Rank of approximated modules.")] = None,
     energy: Annotated[
         Optional[float], typer.Option("--energy", metavar="E", help="Share of the squared norm that they keep, 0 to 1.")
     ] = None,
-    drop_extras: Annotated[
-        bool, typer.Option("--drop-extras", help="Leave out tensors that are no modules.")
-    ] = False,
+    drop_extras: Annotated[bool, typer.Option("--drop-extras", help="Leave out tensors that are no modules.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     verify: Annotated[bool, typer.Option(help="Read the output back and compare every update.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -51,8 +52,8 @@ def convert(
     from loratool.files.bundle import check_output
     from loratool.ops.approximate import check_options
     from loratool.ops.convert import dtype_code
-    from loratool.ops.open import layout_named
     from loratool.ops.convert_file import convert_file
+    from loratool.ops.open import layout_named
     from loratool.report import convert as report
 
     with told_plainly():

@@ -16,7 +16,8 @@ def info(
     metadata: Annotated[bool, typer.Option("--metadata", help="Show all metadata.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     architecture: Annotated[
-        Optional[str], typer.Option("--architecture", metavar="ID", help="Take the model as given (sd15, sdxl, flux, ...).")
+        Optional[str],
+        typer.Option("--architecture", metavar="ID", help="Take the model as given (sd15, sdxl, flux, ...)."),
     ] = None,
 ) -> None:
     """Show what a LoRA file is: layout, model, modules, ranks, training facts.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 from loratool.core.naming import Naming
 from loratool.core.target import Target
@@ -97,12 +97,12 @@ class Architecture:
         return _resolver(self, layout, separator)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _built(build: Callable[[], Namings]) -> Namings:
     return build()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _resolver(architecture: Architecture, layout: str, separator: str) -> Resolver:
     voices = architecture.voices(layout)
     if architecture.open:

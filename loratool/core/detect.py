@@ -54,9 +54,7 @@ class Detection:
         return others[0] if others else None
 
 
-def detect(
-    bundle: Bundle, among: Iterable[Architecture] | None = None, layout: str | None = None
-) -> Detection | None:
+def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: str | None = None) -> Detection | None:
     """The best (layout, architecture) for a bundle, or None if no layout knows a single key.
 
     A table wins if it names at least half of the stems and no other comes as close; else the file is read

@@ -48,7 +48,11 @@ def _textual_inversion(bundle: Bundle) -> Other | None:
     shapes = [tensor.shape for tensor in bundle.tensors.values()]
     named = all(key.split(".")[0] in _EMBEDDINGS or key.startswith("<") for key in bundle.tensors)
     small = all(len(shape) in (1, 2) and (len(shape) == 1 or shape[0] <= 256) for shape in shapes)
-    if len(shapes) <= 4 and small and (named or len(shapes) == 1 and not next(iter(bundle.tensors)).endswith(".weight")):
+    if (
+        len(shapes) <= 4
+        and small
+        and (named or (len(shapes) == 1 and not next(iter(bundle.tensors)).endswith(".weight")))
+    ):
         vectors = max(shape[0] if len(shape) == 2 else 1 for shape in shapes)
         return Other(
             f"a textual inversion (embedding) of {vectors} vectors",

@@ -130,7 +130,9 @@ class Layout:
             for target in module.targets:
                 other = taken.setdefault((target.component, target.path), stem)
                 if other != stem:
-                    raise FormatError(f"updates {target.path}, and so does {other!r}: one module is spelled twice", key=stem)
+                    raise FormatError(
+                        f"updates {target.path}, and so does {other!r}: one module is spelled twice", key=stem
+                    )
             modules.append(module)
             voices.setdefault(said.component, said.voice)
         return self.with_alphas(
@@ -149,9 +151,7 @@ class Layout:
             )
         )
 
-    def _module(
-        self, stem: str, group: Group, spoken: Sequence[Spoken], bundle: Bundle
-    ) -> tuple[Spoken, Module]:
+    def _module(self, stem: str, group: Group, spoken: Sequence[Spoken], bundle: Bundle) -> tuple[Spoken, Module]:
         if len(group.by_family) > 1:
             names = " and ".join(sorted(group.by_family))
             raise FormatError(f"one module of two families: {names}", key=stem)
@@ -218,7 +218,9 @@ class Layout:
         blocked = {m.title: reason for m in adapter.modules if (reason := self.obstacle(m)) is not None}
         if blocked:
             reasons = sorted(set(blocked.values()))
-            raise NotRepresentable(f"{len(blocked)} modules cannot be written: {'; '.join(reasons)}", modules=tuple(blocked))
+            raise NotRepresentable(
+                f"{len(blocked)} modules cannot be written: {'; '.join(reasons)}", modules=tuple(blocked)
+            )
         tensors: dict[str, LazyTensor] = {}
         for module in adapter.modules:
             tensors.update(self.spell(module, adapter.architecture, voices).values())
@@ -242,7 +244,9 @@ class Layout:
         written = adapter.architecture.writes.get(self.id, {})
         missing = [component for component in adapter.components if component not in written]
         if missing:
-            raise NotRepresentable(f"{self.id} has no spelling for {', '.join(missing)} of {adapter.architecture.title}")
+            raise NotRepresentable(
+                f"{self.id} has no spelling for {', '.join(missing)} of {adapter.architecture.title}"
+            )
         return {component: written[component] for component in adapter.components}
 
     def stem(self, module: Module, architecture: Architecture, voices: Mapping[str, Voice]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _discover(folder: str, attribute: str) -> dict[str, Any]:
-    """id -> the object called `attribute` in every module of `loratool/<folder>` whose name has no leading underscore."""
+    """id -> the object called `attribute` in every module of `loratool/<folder>` without a leading underscore."""
     package = import_module(f"loratool.{folder}")
     found: dict[str, Any] = {}
     for info in pkgutil.iter_modules(package.__path__):
@@ -28,19 +28,19 @@ def _discover(folder: str, attribute: str) -> dict[str, Any]:
     return found
 
 
-@lru_cache(maxsize=None)
+@cache
 def architectures() -> Mapping[str, Architecture]:
     """Every known model by id, tables not yet built."""
     return _discover("architectures", "ARCHITECTURE")
 
 
-@lru_cache(maxsize=None)
+@cache
 def layouts() -> Mapping[str, Layout]:
     """Every known spelling by id."""
     return _discover("layouts", "LAYOUT")
 
 
-@lru_cache(maxsize=None)
+@cache
 def families() -> Mapping[str, Family]:
     """Every known kind of adapter by id."""
     return _discover("families", "FAMILY")

@@ -196,37 +196,6 @@ class Joined:
         return Joined(kept)
 
 
-class Chained:
-    """Sources one behind the other."""
-
-    __slots__ = ("_parts",)
-
-    def __init__(self, parts: Sequence[Source]) -> None:
-        self._parts = tuple(parts)
-
-    @property
-    def nbytes(self) -> int:
-        """Number of bytes."""
-        return sum(part.nbytes for part in self._parts)
-
-    def chunks(self, size: int = CHUNK) -> Iterator[memoryview]:
-        """The bytes in pieces of at most `size`, which end where a part ends."""
-        return (piece for part in self._parts for piece in part.chunks(size))
-
-    def read(self) -> memoryview:
-        """All bytes at once, copied together."""
-        return memoryview(b"".join(self.chunks()))
-
-    def slice(self, start: int, stop: int) -> Source:
-        """The bytes `start:stop`, of the parts that have any."""
-        cut: list[Source] = []
-        for part in self._parts:
-            if start < part.nbytes and stop > 0:
-                cut.append(part.slice(max(start, 0), min(stop, part.nbytes)))
-            start, stop = start - part.nbytes, stop - part.nbytes
-        return Chained(cut)
-
-
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
     """A tensor whose bytes are read when asked for; `dtype` is safetensors' code (`"BF16"`).
@@ -320,25 +289,12 @@ class LazyTensor:
         return LazyTensor(announced, dtype, Computed(bits // 8, make))
 
 
-def concatenated(tensors: Sequence[LazyTensor]) -> LazyTensor:
-    """The rows of all tensors one below the other, as lazily as they are. Raises ValueError where they do not fit."""
-    first = tensors[0]
-    if len({(tensor.dtype, tensor.shape[1:]) for tensor in tensors}) > 1:
-        raise ValueError(f"cannot concatenate {[(tensor.dtype, list(tensor.shape)) for tensor in tensors]}")
-    if len(tensors) == 1:
-        return first
-    rows = sum(tensor.shape[0] for tensor in tensors)
-    return LazyTensor((rows, *first.shape[1:]), first.dtype, Chained([tensor.source for tensor in tensors]))
-
-
 def same_bytes(left: LazyTensor, right: LazyTensor) -> bool:
     """Whether two tensors have the same shape, dtype and bytes; reads both piece by piece, up to a difference."""
     if left.shape != right.shape or left.dtype != right.dtype or left.nbytes != right.nbytes:
         return False
     if left.source is right.source:
         return True
-    if isinstance(left.source, Chained) or isinstance(right.source, Chained):
-        return bytes(left.read()) == bytes(right.read())  # their pieces end in different places
     pieces = zip_longest(left.source.chunks(), right.source.chunks(), fillvalue=memoryview(b""))
     # As bytes: comparing memoryviews goes element by element, bytes go through memcmp.
     return all(bytes(ours) == bytes(theirs) for ours, theirs in pieces)

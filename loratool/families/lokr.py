@@ -77,7 +77,7 @@ class Lokr:
         elif "t2" in factors:
             core, left, right = factors["t2"], factors["w2_a"], factors["w2_b"]
             # w2[c, d, ...] = sum_ij core[i, j, ...] left[i, c] right[j, d]
-            rank, inner, *kernel = core.shape
+            inner, kernel = core.shape[1], list(core.shape[2:])
             w2 = (left.T @ core.flatten(1)).reshape(left.shape[1], inner, -1)  # (c, j, kernel)
             w2 = (right.T @ w2).reshape(left.shape[1], right.shape[1], *kernel)  # (c, d, kernel)
         else:

@@ -100,7 +100,8 @@ def check_output(path: str | os.PathLike[str], inputs: list[str], folder: bool, 
     place = Path(path)
     for name in inputs:
         if place.exists() and os.path.realpath(place) == os.path.realpath(name):
-            raise LoratoolError("the output is an input; an input is never changed", file=str(path), hint="choose another -o")
+            message = "the output is an input; an input is never changed"
+            raise LoratoolError(message, file=str(path), hint="choose another -o")
     if not place.parent.is_dir():
         raise LoratoolError("its folder does not exist", file=str(path), hint=f"mkdir -p {place.parent}")
     if place.exists():

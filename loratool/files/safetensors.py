@@ -74,7 +74,7 @@ def _read_header(path: str | os.PathLike[str]) -> Header:
 class _OpenFile:
     """An open regular file. The descriptor lives as long as somebody refers to this object."""
 
-    __slots__ = ("path", "fd", "size", "identity", "_lock", "__weakref__")
+    __slots__ = ("__weakref__", "_lock", "fd", "identity", "path", "size")
 
     def __init__(self, path: str) -> None:
         self.fd = -1
@@ -148,7 +148,7 @@ class _OpenFile:
 class _FileRange:
     """A stretch of an open file."""
 
-    __slots__ = ("file", "start", "nbytes")
+    __slots__ = ("file", "nbytes", "start")
 
     def __init__(self, file: _OpenFile, start: int, nbytes: int) -> None:
         self.file = file
@@ -209,7 +209,7 @@ def _utf8(raw: bytes) -> str:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    # Python reads "-0" as the integer 0, safetensors as a fraction. Rare, and the hook is slow: only where it may matter.
+    # Python reads "-0" as the integer 0, safetensors as a fraction. The hook is slow: used only where it may matter.
     decoder = _WITH_MINUS_ZERO if "-0" in text else _DECODER
     try:
         header = decoder.decode(text)
@@ -255,9 +255,8 @@ def _metadata(found: Any) -> dict[str, str]:
         raise FormatError("is not a JSON object", key=METADATA, hint=_DAMAGED)
     for name, value in found.items():
         if type(value) is not str:
-            raise FormatError(
-                f"{name} is {_short(value)}, expected text in quotes", key=METADATA, hint="the writer must use str(value)"
-            )
+            message = f"{_short(name)} is {_short(value)}, expected text in quotes"
+            raise FormatError(message, key=METADATA, hint="the writer must use str(value)")
     return found
 
 
@@ -296,7 +295,8 @@ def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     bits = DTYPES.get(dtype) if type(dtype) is str else None
     if bits is None:
-        raise FormatError(f"has dtype {_short(dtype)}; known are {', '.join(DTYPES)}", hint="a newer loratool may know it")
+        known = ", ".join(DTYPES)
+        raise FormatError(f"has dtype {_short(dtype)}, expected one of {known}", hint="a newer loratool may know it")
     if type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
         raise FormatError(f"has shape {_short(shape)} and data_offsets {_short(offsets)}", hint=_DAMAGED)
     for size in shape:
@@ -323,7 +323,7 @@ def _short(value: Any) -> str:
 
 _PICKLE = "reading .pt/.bin files is not supported yet; resave it as safetensors"
 _MAGIC = (
-    (b"version https://git-lfs", "a git-lfs pointer, not the file it stands for", "run `git lfs pull`, or download it again"),
+    (b"version https://git-lfs", "a git-lfs pointer, not the file it stands for", "run `git lfs pull` or download it"),
     (b"GGUF", "a GGUF model", "use the safetensors version of the file"),
     (b"\x1f\x8b", "a gzip archive", "unpack it first"),
     (b"\x89PNG", "a PNG image", "pick the LoRA file, not its preview"),
@@ -440,7 +440,9 @@ def _entries_json(ordered: Mapping[str, LazyTensor]) -> str:
             )
         shape = ",".join(map(str, tensor.shape))
         stop = position + tensor.nbytes
-        parts.append(f'{_quoted(name)}:{{"dtype":"{tensor.dtype}","shape":[{shape}],"data_offsets":[{position},{stop}]}}')
+        parts.append(
+            f'{_quoted(name)}:{{"dtype":"{tensor.dtype}","shape":[{shape}],"data_offsets":[{position},{stop}]}}'
+        )
         position = stop
     return ",".join(parts)
 
@@ -473,24 +475,23 @@ def _quoted(text: str) -> str:
 
 def _gathered(ordered: Mapping[str, LazyTensor]) -> Iterator[memoryview]:
     """All data in order: large pieces as they are, small ones gathered."""
-    small: list[memoryview] = []
-    size = 0
+    # Copied, not kept as views: the view of a small end keeps a large computed tensor alive.
+    small = bytearray()
     for name, tensor in ordered.items():
         written = 0
         for piece in tensor.source.chunks(CHUNK):
             written += piece.nbytes
             if piece.nbytes < _GATHER:
-                small.append(piece)
-                size += piece.nbytes
-            if size >= _GATHER or (small and piece.nbytes >= _GATHER):
-                yield memoryview(b"".join(small))
-                small, size = [], 0
+                small += piece
+            if len(small) >= _GATHER or (small and piece.nbytes >= _GATHER):
+                yield memoryview(small)
+                small = bytearray()
             if piece.nbytes >= _GATHER:
                 yield piece
         if written != tensor.nbytes:
             raise LoratoolError(f"gave {written} bytes, expected {tensor.nbytes}", key=name)
     if small:
-        yield memoryview(b"".join(small))
+        yield memoryview(small)
 
 
 class _Output:

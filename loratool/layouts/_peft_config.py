@@ -17,7 +17,9 @@ from loratool.core.errors import FormatError, NotRepresentable
 from loratool.core.module import Module
 from loratool.core.tensor import LazyTensor
 
-_ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\.([^.]+)(\.weight|\.bias)?$")
+_ADAPTER_NAME = re.compile(
+    r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\.([^.]+)(\.weight|\.bias)?$"
+)
 _BY_NAME = {"lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
 
 
@@ -67,7 +69,7 @@ class Matcher:
 
 
 def alphas(config: Mapping[str, Any], modules: Sequence[tuple[str, Module]]) -> list[float | None]:
-    """The alpha of each (path, module) such that alpha / rank is the scale PEFT applies; None where the config has none."""
+    """The alpha of each (path, module) such that alpha / rank is the scale PEFT applies; None if there is none."""
     lora_alpha = number(config, "lora_alpha")
     patterns = Matcher(pattern(config, "alpha_pattern"))
     rslora = config.get("use_rslora") is True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 
 from loratool.core.architecture import Architecture, Spoken
 from loratool.core.layout import Layout
@@ -54,7 +54,7 @@ class Cloneofsimo(Layout):
         return [spoken[index]] if index < len(spoken) else ()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _traversal(architecture: Architecture, component: str, visited: str) -> Sequence[Spoken]:
     """The modules of a component in order of traversal; `visited` is the header's JSON list of classes."""
     voice = dict(architecture.voices(LAYOUT.id)).get(component)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from loratool.core.adapter import Adapter
 from loratool.core.layout import ALPHA, ANY, MAGNITUDE, Layout
 
 _SUPPORTED = {
@@ -39,7 +42,7 @@ class Kohya(Layout):
     """The flattened spelling."""
 
     def rewrite(self, key: str) -> str:
-        """diffusers' `--output_kohya_format` leaves `..._to_k_lora.down.weight` where it means `..._to_k.lora_down.weight`."""
+        """diffusers' `--output_kohya_format` writes `..._to_k_lora.down.weight` for `..._to_k.lora_down.weight`."""
         if key.endswith(("_lora.down.weight", "_lora.up.weight")):
             stem, _, rest = key.rpartition("_lora.")
             return f"{stem}.lora_{rest}"
@@ -49,6 +52,16 @@ class Kohya(Layout):
         """As every layout, but only for flattened names: a stem with dots is another program's spelling."""
         parts = super().split(key)
         return None if parts is None or "." in parts[0] else parts
+
+    def with_alphas(self, adapter: Adapter) -> Adapter:
+        """sd-scripts' `split_qkv` makes the parts block-diagonal and leaves alpha as it was: said, not corrected."""
+        if '"split_qkv": "true"' in adapter.metadata.get("ss_network_args", "").lower():
+            note = (
+                "trained with split_qkv: sd-scripts stores fused modules with several times the rank and the same alpha, "
+                "so programs apply them that much weaker than in training; the file is taken as programs apply it"
+            )
+            return replace(adapter, notes=(*adapter.notes, note))
+        return adapter
 
 
 LAYOUT = Kohya(

@@ -56,7 +56,7 @@ def as_lora(
     """
     made, report = [], []
     for module in modules:
-        if module.family.id == "lora" and "mid" not in module.factors or obstacle(module) is None:
+        if (module.family.id == "lora" and "mid" not in module.factors) or obstacle(module) is None:
             made.append(module)
             continue
         pair, error = _truncated(module, wish)

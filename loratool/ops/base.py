@@ -90,10 +90,10 @@ def _shapes(place: Path) -> dict[str, dict[str, tuple[int, ...]]]:
         parts = {"": place}
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, folder in parts.items():
-        keys: dict[str, tuple[int, ...]] = {}
+        merged: dict[str, tuple[int, ...]] = {}
         for file in sorted(folder.glob("*.safetensors")):
-            keys |= _header(file)
-        found[name or _component(keys)] = keys
+            merged |= _header(file)
+        found[name or _component(merged)] = merged
     if not found:
         raise FormatError("holds no safetensors weights", hint="name a checkpoint file or a model's folder")
     return found

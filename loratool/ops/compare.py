@@ -5,6 +5,7 @@ This does not use `regroup`, so that it can prove what regroup did: rows are cut
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -63,7 +64,8 @@ def compare(left: Sequence[Module], right: Sequence[Module]) -> Iterator[Differe
         if a is None or b is None:
             one = a or b
             assert one is not None
-            yield Difference(".".join(target), 1.0 if _norm(one) > 0 else 0.0)
+            if _norm(one) > 0:
+                yield Difference(".".join(target), 1.0)
         else:
             yield difference(a, b)
 
@@ -85,7 +87,7 @@ def _stretches(modules: Iterator[Module]) -> dict[tuple[str, str], _Stretch]:
 def difference(a: _Stretch, b: _Stretch) -> Difference:
     """How far the rows `b` are from the rows `a`."""
     title = a.module.title if a.whole else f"{a.module.title}[{a.start}:{a.stop}]"
-    if _bitwise(a, b):
+    if _bitwise(a, b) or _same_live(a, b):
         return Difference(title, 0.0, bitwise=True)
     error = _relative(a, b)
     for role in ("magnitude", "bias"):
@@ -115,7 +117,12 @@ def _bitwise(a: _Stretch, b: _Stretch) -> bool:
     if one.family.id != other.family.id or left.keys() != right.keys() or one.scale != other.scale:
         return False
     if not (a.whole and b.whole):
-        if _pair_roles(one) is None or _pair_roles(other) is None or one.magnitude or other.magnitude:
+        if (
+            _pair_roles(one) is None
+            or _pair_roles(other) is None
+            or one.magnitude is not None
+            or other.magnitude is not None
+        ):
             return False
         left = {role: t.rows(a.start, a.stop) if role != "down" else t for role, t in left.items()}
         right = {role: t.rows(b.start, b.stop) if role != "down" else t for role, t in right.items()}
@@ -124,6 +131,23 @@ def _bitwise(a: _Stretch, b: _Stretch) -> bool:
         and same_bytes(tensor.reshape((tensor.numel,)), right[role].reshape((tensor.numel,)))
         for role, tensor in left.items()
     )
+
+
+def _same_live(a: _Stretch, b: _Stretch) -> bool:
+    """Whether two stretches of pairs hold the same values but for components that do not reach these rows."""
+    one, other = a.module, b.module
+    if _pair_roles(one) is None or _pair_roles(other) is None or one.scale != other.scale or one.dtype != other.dtype:
+        return False
+    if any(vector in m.tensors for m in (one, other) for vector in ("magnitude", "bias")):
+        return False
+    left, right = _live_pair(a), _live_pair(b)
+    return all(x.shape == y.shape and bool((x == y).all()) for x, y in zip(left, right, strict=True))
+
+
+def _live_pair(stretch: _Stretch) -> tuple[Tensor, Tensor]:
+    up = stretch.module.factors["up"].load()[stretch.start : stretch.stop].flatten(1).float()
+    live = (up != 0).any(dim=0)
+    return up[:, live], stretch.module.factors["down"].load().flatten(1).float()[live]
 
 
 def _ratio(difference: float, norm: float) -> float:
@@ -178,7 +202,7 @@ def _sum_norm(products: Sequence[tuple[Tensor, Tensor]]) -> float:
     for up_i, down_i in products:
         for up_j, down_j in products:
             total += float(((up_i.T @ up_j) * (down_i @ down_j.T)).sum())
-    return max(total, 0.0) ** 0.5
+    return math.sqrt(max(total, 0.0))
 
 
 def _product_norm(up: Tensor, down: Tensor) -> float:

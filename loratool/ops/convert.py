@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from loratool import __version__
 from loratool.core.adapter import Adapter, Bundle
-from loratool.core.errors import LoratoolError, NotExact, NotRepresentable, UnknownModel, UsageError
-from loratool.core.layout import COMPONENT, Layout
+from loratool.core.errors import LoratoolError, NotRepresentable, UnknownModel, UsageError
+from loratool.core.layout import Layout
 from loratool.core.module import Module
 from loratool.core.registry import layouts
 from loratool.core.target import same_shape
@@ -51,7 +51,7 @@ def convert(adapter: Adapter, to: str, *, dtype: str | None = None, drop_extras:
     """
     layout = layouts()[to]
     if not layout.writable:
-        writable = ", ".join(sorted(l.id for l in layouts().values() if l.writable))
+        writable = ", ".join(sorted(known.id for known in layouts().values() if known.writable))
         raise UsageError(f"the layout {to} is only read", hint=f"convert to one of: {writable}")
     if dtype is not None:
         adapter = replace(adapter, modules=tuple(_cast(module, dtype) for module in adapter.modules))
@@ -63,31 +63,29 @@ def convert(adapter: Adapter, to: str, *, dtype: str | None = None, drop_extras:
     place = _place_extras(adapter, layout, drop_extras)
     source = layouts()[adapter.layout]
     header = converted_header(spoken, source, layout, written.metadata)
-    bundle = Bundle({**written.tensors, **place.in_file}, header, written.side_files)
+    note = {"op": "convert", "from": source.id, "to": layout.id, "version": __version__}
+    header["loratool.history"] = _appended(adapter.metadata.get("loratool.history"), note)
     ticket = replace(
         origin.ticket_for(adapter, source),
         fingerprint=origin.fingerprint(spoken.modules),
         extras={key: origin.packed(tensor) for key, tensor in place.in_header.items()},
         blocks=regrouped.blocks,
-        metadata=origin.changes(adapter.metadata, header),
+        metadata=origin.changes(adapter.metadata, {**header, origin.ENTRY: ""}),
     )
-    note = json.dumps({"op": "convert", "from": source.id, "to": layout.id, "version": __version__})
-    final = {**header, "loratool.history": _appended(adapter.metadata.get("loratool.history"), note)}
-    ticket = replace(ticket, metadata=origin.changes(adapter.metadata, {**final, origin.ENTRY: ""}))
-    final[origin.ENTRY] = origin.encode(ticket)
+    header[origin.ENTRY] = origin.encode(ticket)
     return Converted(
-        replace(bundle, metadata=final),
+        Bundle({**written.tensors, **place.in_file}, header, written.side_files),
         replace(spoken, layout=layout.id, extras=place.in_file),
         layout,
         carried=tuple(place.in_header),
         dropped=place.dropped,
         vanished=regrouped.vanished,
-        hashes="sshs_model_hash" in final,
+        hashes="sshs_model_hash" in header,
     )
 
 
 def dtype_code(name: str) -> str:
-    """safetensors' code for a dtype as people write it: fp16, bfloat16, F32, ... Raises UsageError with the known ones."""
+    """safetensors' code for a dtype as people write it (fp16, bfloat16, F32). Raises UsageError for others."""
     code = _DTYPE_NAMES.get(name.lower())
     if code is None:
         raise UsageError(f"no dtype is called {name!r}", hint="known: fp32, fp16, bf16, fp64, fp8_e4m3, fp8_e5m2")
@@ -209,9 +207,9 @@ def _place_extras(adapter: Adapter, layout: Layout, drop: bool) -> _Extras:
     )
 
 
-def _appended(history: str | None, note: str) -> str:
+def _appended(history: str | None, note: Mapping[str, str]) -> str:
     try:
         entries = json.loads(history) if history else []
     except ValueError:
         entries = []
-    return json.dumps([*(entries if isinstance(entries, list) else []), json.loads(note)])
+    return json.dumps([*(entries if isinstance(entries, list) else []), note])

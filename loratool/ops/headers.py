@@ -16,9 +16,7 @@ STALE = ("modelspec.hash_sha256",)
 """Hashes over the tensors in an order that another spelling changes: they would be false."""
 
 
-def converted_header(
-    adapter: Adapter, source: Layout, layout: Layout, written: Mapping[str, str]
-) -> dict[str, str]:
+def converted_header(adapter: Adapter, source: Layout, layout: Layout, written: Mapping[str, str]) -> dict[str, str]:
     """The header of a converted file: the old one, less what described the old spelling, with true network facts.
 
     `adapter` is grouped as in the new file, `written` what `layout` itself put into the header.

@@ -67,13 +67,16 @@ def understand(bundle: Bundle, architecture: Architecture | None = None, layout:
         )
     best = found.best
     if architecture is not None and best.architecture is not architecture:
-        raise UnknownModel(f"no key is a name of {architecture.title}", hint="leave --architecture out to have it detected")
+        raise UnknownModel(
+            f"no key is a name of {architecture.title}", hint="leave --architecture out to have it detected"
+        )
     adapter = best.layout.read(bundle, best.architecture)
     if not adapter.modules:
         kinds = ", ".join(f"{family} ({count})" for family, count in sorted(adapter.unread_families.items()))
         raise FormatError(f"holds no module that can be read{f': only {kinds}' if kinds else ''}")
     if found.tie:
-        note = f"could be any of {', '.join(found.tie)}: nothing in the file tells them apart; name one with --architecture"
+        models = ", ".join(found.tie)
+        note = f"could be any of {models}: nothing in the file tells them apart; name one with --architecture"
         adapter = replace(adapter, notes=(*adapter.notes, note))
     return Opened(adapter, found)
 

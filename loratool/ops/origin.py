@@ -22,6 +22,9 @@ from loratool.core.module import Module
 from loratool.core.tensor import Held, LazyTensor
 
 ENTRY = "loratool.origin"
+MADE_WHEN_WRITTEN = ("sshs_model_hash", "sshs_legacy_hash")
+"""Header entries that the writer fills in: their later values are not known when the ticket is made."""
+
 MAX_EXPANDED = 64 << 20
 """A ticket that expands to more than 64 MiB is not one that we wrote."""
 
@@ -70,14 +73,16 @@ def decode(metadata: Mapping[str, str]) -> Ticket | None:
 def fingerprint(modules: Sequence[Module]) -> str:
     """Changes with any module's targets, shapes or dtypes: a resized or merged file cannot go back."""
     rows = sorted(
-        json.dumps([m.component, [t.path for t in m.targets], {r: [*t.shape, t.dtype] for r, t in m.tensors.items()}])
+        json.dumps(
+            [m.component, [t.path for t in m.targets], sorted((r, *t.shape, t.dtype) for r, t in m.tensors.items())]
+        )
         for m in modules
     )
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
 
 def ticket_for(adapter: Adapter, layout: Layout) -> Ticket:
-    """The ticket back to an adapter as it was read, by its `layout`; fingerprint and metadata are still to be filled."""
+    """The ticket back to an adapter as it was read, by its `layout`; fingerprint and metadata are filled in later."""
     voices = {component: (voice.prefix, voice.naming) for component, voice in adapter.voices.items()}
     ticket = Ticket(layout.id, adapter.architecture.id, voices, side_files=dict(adapter.side_files))
     if not layout.writable:
@@ -141,4 +146,8 @@ def restored(bundle: Bundle, ticket: Ticket) -> Bundle:
 
 def changes(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:
     """What to set (or, None, to remove) in `after` to get `before`."""
-    return {key: before.get(key) for key in (before | after) if before.get(key) != after.get(key)}
+    return {
+        key: before.get(key)
+        for key in {**before, **after}
+        if before.get(key) != after.get(key) or key in MADE_WHEN_WRITTEN
+    }

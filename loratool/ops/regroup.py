@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from loratool.core.errors import NotExact
 from loratool.core.family import Part
@@ -110,7 +111,7 @@ def _join(targets: tuple[Target, ...], pieces: Sequence[_Piece | None], ranks: S
 
 
 def _in_order(pieces: Sequence[_Piece]) -> bool:
-    return all(left.stop == right.start for left, right in zip(pieces, pieces[1:], strict=False))
+    return all(left.stop == right.start for left, right in pairwise(pieces))
 
 
 def _without_dead(part: Module, pieces: Sequence[_Piece], ranks: Sequence[int] | None) -> Module | None:
@@ -172,7 +173,7 @@ def _stack(targets: tuple[Target, ...], pieces: Sequence[_Piece | None]) -> Modu
         raise NotExact(f"{names}: modules of different families ({', '.join(sorted(families))}) share one fused weight")
     magnitude = _stack_magnitudes(modules, names)
     scale = _stack_scale(present)
-    unit = present[0].shape[0] / targets[[i for i, m in enumerate(modules) if m is not None][0]].rows
+    unit = present[0].shape[0] / targets[next(i for i, m in enumerate(modules) if m is not None)].rows
     parts = [
         Part(
             round(target.rows * unit) if module is None else module.shape[0],

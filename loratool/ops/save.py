@@ -23,7 +23,7 @@ class NotTheSame(LoratoolError):
 
 @dataclass(frozen=True)
 class Proof:
-    """What reading the output back showed: modules compared, how many hold the same values, the largest relative error."""
+    """What reading the output back showed: updates compared, those with the same values, the largest relative error."""
 
     compared: int
     bitwise: int

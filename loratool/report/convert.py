@@ -38,10 +38,12 @@ def show(report: Report, console: Console) -> None:
     def row(title: str, value: str, style: str = "") -> None:
         table.add_row(title, Text(value, style=style))
 
-    row("read", f"{inert(report.source, 200)}")
-    row("", f"{report.layout_before}, {report.architecture_title}, {_modules(report.modules_before, report.ranks_before, report.size_before)}")
-    row("wrote", f"{inert(report.output, 200)}")
-    row("", f"{report.layout_after}, {_modules(report.modules_after, report.ranks_after, report.size_after)}")
+    before = _modules(report.modules_before, report.ranks_before, report.size_before)
+    after = _modules(report.modules_after, report.ranks_after, report.size_after)
+    row("read", inert(report.source, 200))
+    row("", f"{report.layout_before}, {inert(report.architecture_title, 80)}, {before}")
+    row("wrote", inert(report.output, 200))
+    row("", f"{report.layout_after}, {after}")
     if report.proof is None:
         row("verified", "no (--no-verify)", "yellow")
     else:
@@ -49,7 +51,11 @@ def show(report: Report, console: Console) -> None:
     if report.returned:
         row("", "the original's keys, header and side files are back")
     for item in report.approximated[:_NAMED]:
-        row("approximated", f"{inert(item.title, 120)}: {item.family} as LoRA of rank {item.rank}, relative error {item.error:.2g}", "yellow")
+        row(
+            "approximated",
+            f"{inert(item.title, 120)}: {item.family} as LoRA of rank {item.rank}, relative error {item.error:.2g}",
+            "yellow",
+        )
     if len(report.approximated) > _NAMED:
         worst = max(item.error for item in report.approximated)
         row("", f"+{len(report.approximated) - _NAMED} more, largest relative error {worst:.2g}", "yellow")

@@ -9,7 +9,7 @@ _DANGEROUS = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def inert(text: str, limit: int | None = None) -> str:
-    """`text` with every control, bidi and unassigned character escaped; past `limit` characters, how many were left out."""
+    """`text` with every control, bidi and unassigned character escaped; past `limit`, how many were left out."""
     cut = text if limit is None else text[:limit]
     left = len(text) - len(cut)
     if not cut.isprintable():

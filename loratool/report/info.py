@@ -153,7 +153,11 @@ def _facts(info: Info, console: Console) -> None:
     if info.unread_keys:
         shown = ", ".join(inert(key, 100) for key in info.unread_keys[:_UNREAD])
         more = len(info.unread_keys) - _UNREAD
-        row("no modules", f"{plural(len(info.unread_keys), 'key')}: {shown}{f', +{more} more' if more > 0 else ''}", "yellow")
+        row(
+            "no modules",
+            f"{plural(len(info.unread_keys), 'key')}: {shown}{f', +{more} more' if more > 0 else ''}",
+            "yellow",
+        )
     for family, n in info.unread_families.items():
         row("not read yet", f"{plural(n, 'module')} of the kind {family}", "yellow")
     for note in info.notes:
@@ -196,8 +200,8 @@ def _keys(modules: Sequence[Module], console: Console) -> None:
         alpha = "none" if module.alpha is None else f"{module.alpha:g}"
         shape = "x".join(str(size) for size in module.shape)
         dora = ", DoRA" if module.magnitude is not None else ""
-        line = f"{module.component}.{names}  {module.family.id} rank {module.rank}, alpha {alpha}, {shape}, {module.dtype}{dora}"
-        console.print(Text(inert(line)), soft_wrap=True)
+        facts = f"{module.family.id} rank {module.rank}, alpha {alpha}, {shape}, {module.dtype}{dora}"
+        console.print(Text(inert(f"{module.component}.{names}  {facts}")), soft_wrap=True)
 
 
 def _metadata(metadata: Mapping[str, str], sides: Mapping[str, str], console: Console) -> None:

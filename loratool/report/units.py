@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 
 def size(count: int) -> str:
@@ -26,7 +27,7 @@ def plural(number: int, word: str) -> str:
     return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
-def histogram(values: Mapping[object, int], most: int = 4) -> str:
+def histogram(values: Mapping[Any, int], most: int = 4) -> str:
     """A compact histogram: the value alone if there is one, else `8 ×192, 4 ×72, +3 more`."""
     if len(values) == 1:
         return str(next(iter(values)))
