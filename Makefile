@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(VENV)/bin/python -m benchmarks.demo
+	$(VENV)/bin/python -m fixtures.demo
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .

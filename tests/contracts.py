@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+import pytest
+import torch
 
 from loratool.core.architecture import Architecture, Voice
+from loratool.core.errors import NotExact
+from loratool.core.family import Factors, Family, Part
 from loratool.core.target import Target
 
 # A PEFT folder and a diffusers component folder each hold one component, which their names do not tell.
@@ -96,3 +101,97 @@ def _check_tensor_keys(architecture: Architecture, voices: list[tuple[str, Voice
             entry = (component if by_component else "", voice.prefix + key)
             assert entry not in seen, f"two components have the key {entry[1]}"
             seen.add(entry)
+
+
+def check_family(
+    family: Family, samples: Mapping[str, tuple[Factors, float | None]], optional: Iterable[str] = ()
+) -> None:
+    """A family keeps its promises on every sample, a pair of factors (float64) and alpha.
+
+    `optional` are the roles without which a module is still whole; a module without any other one is reported.
+    """
+    for name, (factors, alpha) in samples.items():
+        shapes = {role: factor.shape for role, factor in factors.items()}
+        assert family.problem(shapes) is None, f"{name}: {family.problem(shapes)}"
+        for role in factors.keys() - set(optional):
+            rest = {other: shape for other, shape in shapes.items() if other != role}
+            assert family.problem(rest) is not None, f"{name}: nobody misses {role}"
+        whole = dense(family, factors, family.scale(shapes, alpha))
+        assert tuple(whole.shape) == family.shape(shapes), name
+        assert family.rank(shapes) >= 1, name
+        _check_scale(family, factors, name)
+        _check_rows(family, factors, whole / family.scale(shapes, alpha), name)
+        _check_components(family, factors, name)
+
+
+def dense(family: Family, factors: Factors, scale: float = 1.0) -> torch.Tensor:
+    """The update of some factors, float64."""
+    return family.delta({role: factor.load().double() for role, factor in factors.items()}, scale)
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor, message: str, tolerance: float = 1e-12) -> None:
+    """Equal shapes, and values up to a relative Frobenius error."""
+    assert found.shape == expected.shape, f"{message}: {tuple(found.shape)} instead of {tuple(expected.shape)}"
+    error = float((found.double() - expected.double()).norm())
+    assert error <= tolerance * float(expected.double().norm()), f"{message}: differs by {error:.3g}"
+
+
+def _check_scale(family: Family, factors: Factors, name: str) -> None:
+    """`scale` and `alpha` are inverse, alpha = rank is scale 1, and the update is proportional to the scale."""
+    shapes = {role: factor.shape for role, factor in factors.items()}
+    assert family.scale(shapes, None) == 1.0, name
+    assert family.scale(shapes, float(family.rank(shapes))) == 1.0, name
+    if family.scale(shapes, 2.0 * family.rank(shapes)) != 1.0:  # else alpha means nothing to these factors
+        for scale in (0.125, 0.3, 1.0, 7.0):
+            assert family.scale(shapes, family.alpha(shapes, scale)) == pytest.approx(scale, rel=1e-12), name
+    assert_same(dense(family, factors, 0.25), dense(family, factors) * 0.25, f"{name}: scale 0.25")
+
+
+def _check_rows(family: Family, factors: Factors, whole: torch.Tensor, name: str) -> None:
+    """`rows` are rows of the update, and `stacked` puts them together again. Or NotExact, told in words."""
+    out = whole.shape[0]
+    cuts = sorted({0, 1, out // 3, out // 2, out - 1, out} | {n for n in range(1, out) if out % n == 0})
+    for start, stop in ((a, b) for a in cuts for b in cuts if a < b):
+        try:
+            part = family.rows(factors, start, stop)
+        except NotExact as error:
+            assert str(error), name
+            continue
+        shapes = {role: factor.shape for role, factor in part.items()}
+        assert family.problem(shapes) is None, f"{name}[{start}:{stop}]: {family.problem(shapes)}"
+        assert family.shape(shapes) == (stop - start, *whole.shape[1:]), f"{name}[{start}:{stop}]"
+        assert_same(dense(family, part), whole[start:stop], f"{name}[{start}:{stop}]")
+    for cut in cuts[1:-1]:
+        try:
+            upper, lower = family.rows(factors, 0, cut), family.rows(factors, cut, out)
+        except NotExact:
+            continue
+        _check_stack(family, [Part(cut, upper), Part(out - cut, lower)], whole, f"{name} cut at {cut}")
+        swapped = torch.cat([whole[cut:], whole[:cut]])
+        _check_stack(family, [Part(out - cut, lower), Part(cut, upper)], swapped, f"{name} swapped at {cut}")
+        scaled = torch.cat([whole[:cut], whole[cut:] * 0.5])
+        _check_stack(family, [Part(cut, upper), Part(out - cut, lower, 0.5)], scaled, f"{name} with a gain")
+        holed = torch.cat([whole[:cut], torch.zeros_like(whole[cut:])])
+        _check_stack(family, [Part(cut, upper), Part(out - cut, None)], holed, f"{name} with a hole")
+
+
+def _check_stack(family: Family, parts: list[Part], expected: torch.Tensor, name: str) -> None:
+    try:
+        factors = family.stacked(parts)
+    except NotExact as error:
+        assert str(error), name
+        return
+    shapes = {role: factor.shape for role, factor in factors.items()}
+    assert family.problem(shapes) is None, f"{name}: {family.problem(shapes)}"
+    assert_same(dense(family, factors), expected, name)
+
+
+def _check_components(family: Family, factors: Factors, name: str) -> None:
+    """Keeping the live rank components keeps the update."""
+    live = family.live(factors)
+    if live is None:
+        return
+    assert sorted(set(live)) == list(live), name
+    kept = family.keep(factors, live)
+    assert family.rank({role: factor.shape for role, factor in kept.items()}) == len(live), name
+    assert_same(dense(family, kept), dense(family, factors), f"{name}: its live components")

@@ -70,6 +70,7 @@ def convert(adapter: Adapter, to: str, *, dtype: str | None = None, drop_extras:
         fingerprint=origin.fingerprint(spoken.modules),
         extras={key: origin.packed(tensor) for key, tensor in place.in_header.items()},
         blocks=regrouped.blocks,
+        order=tuple(adapter.metadata),
         metadata=origin.changes(adapter.metadata, {**header, origin.ENTRY: ""}),
     )
     header[origin.ENTRY] = origin.encode(ticket)

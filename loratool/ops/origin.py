@@ -35,7 +35,7 @@ class Ticket:
 
     `keys` maps a key that the layout would write to `[key, shape, dtype]` of the original, or to None where the
     original had none; `added` and `extras` map keys to `[dtype, shape, base64]`; `metadata` maps header entries to
-    their original value, or None where there was none; `fingerprint` tells whether the file is still as converted.
+    their original value, or None where there was none, `order` lists the original's; `fingerprint` tells whether the file is still as converted.
     """
 
     layout: str
@@ -47,6 +47,7 @@ class Ticket:
     extras: Mapping[str, Any] = field(default_factory=dict)
     blocks: Mapping[str, Sequence[int]] = field(default_factory=dict)
     metadata: Mapping[str, str | None] = field(default_factory=dict)
+    order: Sequence[str] = ()
     side_files: Mapping[str, str] = field(default_factory=dict)
 
     def spoken(self) -> dict[str, Voice]:
@@ -141,7 +142,8 @@ def restored(bundle: Bundle, ticket: Ticket) -> Bundle:
         tensors |= {key: unpacked(value) for key, value in values.items()}
     metadata = {key: value for key, value in bundle.metadata.items() if key not in ticket.metadata}
     metadata |= {key: value for key, value in ticket.metadata.items() if value is not None}
-    return Bundle(tensors, metadata, dict(ticket.side_files))
+    ordered = {key: metadata.pop(key) for key in ticket.order if key in metadata}
+    return Bundle(tensors, {**ordered, **metadata}, dict(ticket.side_files))
 
 
 def changes(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:
