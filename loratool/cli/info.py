@@ -27,30 +27,28 @@ def info(
     from loratool.ops.inspect import inspect
     from loratool.report import info as report
 
-    infos, failures = [], 0
+    infos, failures, found = [], 0, []
     with told_plainly():
         for file in files:
             try:
-                infos.append(inspect(file, architecture))
+                infos.append(inspect(file, architecture, keys))
+                found.append(report.as_json(infos[-1]))
             except UsageError:
                 raise
             except LoratoolError as error:
                 failures += 1
                 complain(error)
+                found.append({"path": file, "error": str(error)})
         if as_json:
-            found = [report.as_json(one, keys) for one in infos]
-            if len(files) == 1 and found:
-                print_json(found[0])
-            elif len(files) > 1:
-                print_json(found)
+            print_json(found[0] if len(files) == 1 else found)
         elif len(files) == 1 and infos:
-            report.show(infos[0], out(), keys, metadata)
+            report.show(infos[0], out(), metadata)
         elif infos:
             console = out()
             report.show_many(infos, failures, console)
             if keys or metadata:
                 for one in infos:
                     console.print()
-                    report.show(one, console, keys, metadata)
+                    report.show(one, console, metadata)
     if failures:
         raise typer.Exit(1)

@@ -389,7 +389,8 @@ def encoded(value: float, dtype: str) -> bytes:
     """The bytes of one element, rounded to nearest, ties to even: the inverse of `decoded`.
 
     Too large a number becomes infinity, or NaN where the dtype has no infinity (some versions of torch write the
-    largest F8_E4M3 instead, which would pass for a number that was meant). Raises LoratoolError for a fraction or too large a number in an integer dtype, FormatError for F8_E8M0, C64, F4 and F6.
+    largest F8_E4M3 instead, which would pass for a number that was meant). Raises LoratoolError for a fraction or
+    too large a number in an integer dtype, FormatError for F8_E8M0, C64, F4 and F6.
     """
     if dtype in _SMALL_FLOATS:
         layout = _SMALL_FLOATS[dtype]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from loratool.layouts._peft_config import (
 METADATA = "lora_adapter_metadata"
 
 _PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out|add_[kqv]_proj|to_add_out)_lora\.(up|down)\.weight$")
+_RANKED_IN_ENCODERS = (".q_proj", ".k_proj", ".v_proj", ".out_proj", ".fc1", ".fc2")
 _TODAY = {"up": "lora_B", "down": "lora_A"}
 
 
@@ -78,9 +79,8 @@ class Diffusers(Layout):
         """With the header entry for all components, wherever diffusers would guess wrong without it."""
         metadata = {**bundle.metadata, "format": "pt"}
         metadata.pop(METADATA, None)
-        if _told_by_shapes(adapter):
-            return Bundle(bundle.tensors, metadata)
         whole: dict[str, Any] = {}
+        told = True
         for component in adapter.components:
             modules = [(_short(path_of(m, adapter.architecture)), m) for m in adapter.of(component)]
             others = frozenset(_short(path) for path in canonical_paths(adapter.architecture, component))
@@ -88,14 +88,23 @@ class Diffusers(Layout):
             # the front, so that they match either way.
             config = config_of(modules, others, anchor=not component.startswith("text_encoder"))
             whole |= {f"{component}.{field}": value for field, value in config.items()}
-        metadata[METADATA] = json.dumps(whole, indent=2, sort_keys=True)
+            told = told and _told_by_keys(config, adapter.of(component))
+        if not told:
+            metadata[METADATA] = json.dumps(whole, indent=2, sort_keys=True)
         return Bundle(bundle.tensors, metadata)
 
 
-def _told_by_shapes(adapter: Adapter) -> bool:
-    """Whether diffusers finds every rank and scale by itself: one rank per component, scale 1, nothing special."""
-    plain = all(m.scale == 1.0 and m.magnitude is None and "bias" not in m.factors for m in adapter.modules)
-    return plain and all(len({m.rank for m in adapter.of(c)}) == 1 for c in adapter.components)
+def _told_by_keys(config: Mapping[str, Any], modules: Sequence[Module]) -> bool:
+    """Whether diffusers makes this config of the keys and shapes alone: one rank, scale 1, nothing special.
+
+    It lists the modules by name and, in an encoder, takes the rank from those that have one of these ends.
+    """
+    plain = all(m.scale == 1.0 and m.magnitude is None and "bias" not in m.factors for m in modules)
+    listed = isinstance(config["target_modules"], list)
+    ranked = not modules[0].component.startswith("text_encoder") or any(
+        m.targets[0].path.endswith(_RANKED_IN_ENCODERS) for m in modules
+    )
+    return plain and listed and ranked and not config["rank_pattern"]
 
 
 def _short(path: str) -> str:

@@ -50,6 +50,9 @@ def convert(adapter: Adapter, to: str, *, dtype: str | None = None, drop_extras:
     for extras that find no place.
     """
     layout = layouts()[to]
+    if not adapter.modules:
+        kinds = ", ".join(f"{count} {family}" for family, count in sorted(adapter.unread_families.items()))
+        raise NotRepresentable(f"holds no module that can be converted yet, only {kinds or 'other tensors'}")
     if not layout.writable:
         writable = ", ".join(sorted(known.id for known in layouts().values() if known.writable))
         raise UsageError(f"the layout {to} is only read", hint=f"convert to one of: {writable}")

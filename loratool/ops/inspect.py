@@ -36,6 +36,22 @@ class ComponentInfo:
 
 
 @dataclass(frozen=True)
+class ModuleInfo:
+    """One module: the paths of its targets, its sizes, and under which key each role stands in the file."""
+
+    component: str
+    targets: tuple[str, ...]
+    family: str
+    rank: int
+    alpha: float | None
+    scale: float
+    shape: tuple[int, ...]
+    dtype: str
+    dora: bool
+    keys: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Info:
     """What a file is. Sizes in bytes, `architecture_score` the share of its keys' names that the tables know."""
 
@@ -66,16 +82,19 @@ class Info:
     unread_keys: Sequence[str]
     unread_families: Mapping[str, int]
     notes: Sequence[str]
-    adapter: Adapter
+    module_list: Sequence[ModuleInfo]
 
 
-def inspect(path: str | os.PathLike[str], architecture: str | None = None) -> Info:
-    """What the file or folder at `path` is. Raises LoratoolError where it is no adapter, or a broken one."""
-    return describe(open_detected(path, architecture=architecture))
+def inspect(path: str | os.PathLike[str], architecture: str | None = None, keys: bool = False) -> Info:
+    """What the file or folder at `path` is; with `keys`, module by module.
+
+    Raises LoratoolError where it is no adapter, or a broken one. Nothing of the file stays open.
+    """
+    return describe(open_detected(path, architecture=architecture), keys)
 
 
-def describe(opened: Opened) -> Info:
-    """What an opened adapter is."""
+def describe(opened: Opened, keys: bool = False) -> Info:
+    """What an opened adapter is; with `keys`, module by module."""
     adapter, best = opened.adapter, opened.detection.best
     runner = opened.detection.runner_up
     close = runner is not None and (best.architecture.open or runner.score > best.score - _SCORE_CLOSE)
@@ -103,12 +122,27 @@ def describe(opened: Opened) -> Info:
         tags=_tags(metadata),
         trigger=metadata.get("modelspec.trigger_phrase") or _learned_tokens(adapter),
         webui_tag=f"<lora:{Path(adapter.path).stem}:1>",
-        metadata={key: value for key, value in metadata.items() if key != origin.ENTRY},
+        metadata=metadata,
         side_files=adapter.side_files,
         unread_keys=tuple(adapter.extras),
         unread_families=adapter.unread_families,
         notes=adapter.notes,
-        adapter=adapter,
+        module_list=[_module(module) for module in adapter.modules] if keys else (),
+    )
+
+
+def _module(module: Module) -> ModuleInfo:
+    return ModuleInfo(
+        component=module.component,
+        targets=tuple(target.path for target in module.targets),
+        family=module.family.id,
+        rank=module.rank,
+        alpha=module.alpha,
+        scale=module.scale,
+        shape=module.shape,
+        dtype=module.dtype,
+        dora=module.magnitude is not None,
+        keys=module.keys,
     )
 
 

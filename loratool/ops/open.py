@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 
 from loratool.core.adapter import Adapter, Bundle
 from loratool.core.architecture import Architecture
 from loratool.core.detect import Detection, detect
-from loratool.core.errors import FormatError, LoratoolError, UnknownModel
+from loratool.core.errors import FormatError, LoratoolError, UnknownModel, UsageError
 from loratool.core.identify import what_it_is
 from loratool.core.registry import architectures, layouts
 from loratool.files.bundle import read_bundle
@@ -47,10 +49,7 @@ def open_detected(
 def _named(architecture: Architecture | str | None) -> Architecture | None:
     if not isinstance(architecture, str):
         return architecture
-    known = architectures()
-    if architecture not in known:
-        raise UnknownModel(f"no architecture is called {architecture!r}", hint=f"known: {', '.join(sorted(known))}")
-    return known[architecture]
+    return architectures()[_known(architecture, "architecture", architectures())]
 
 
 def understand(bundle: Bundle, architecture: Architecture | None = None, layout: str | None = None) -> Opened:
@@ -71,9 +70,8 @@ def understand(bundle: Bundle, architecture: Architecture | None = None, layout:
             f"no key is a name of {architecture.title}", hint="leave --architecture out to have it detected"
         )
     adapter = best.layout.read(bundle, best.architecture)
-    if not adapter.modules:
-        kinds = ", ".join(f"{family} ({count})" for family, count in sorted(adapter.unread_families.items()))
-        raise FormatError(f"holds no module that can be read{f': only {kinds}' if kinds else ''}")
+    if not adapter.modules and not adapter.unread_families:
+        raise FormatError("holds no module that can be read", hint="its keys are like a LoRA's, but none is complete")
     if found.tie:
         models = ", ".join(found.tie)
         note = f"could be any of {models}: nothing in the file tells them apart; name one with --architecture"
@@ -82,7 +80,13 @@ def understand(bundle: Bundle, architecture: Architecture | None = None, layout:
 
 
 def layout_named(name: str) -> str:
-    """The id of a layout. Raises UnknownModel with the known ones."""
-    if name not in layouts():
-        raise UnknownModel(f"no layout is called {name!r}", hint=f"known: {', '.join(sorted(layouts()))}")
-    return name
+    """The id of a layout. Raises UsageError with the nearest and the known ones."""
+    return _known(name, "layout", layouts())
+
+
+def _known(name: str, what: str, known: Collection[str]) -> str:
+    if name in known:
+        return name
+    near = get_close_matches(name.lower(), known, 1, 0.5)
+    nearest = f"did you mean {near[0]}? " if near else ""
+    raise UsageError(f"no {what} is called {name!r}", hint=f"{nearest}known: {', '.join(sorted(known))}")

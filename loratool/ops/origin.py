@@ -35,7 +35,8 @@ class Ticket:
 
     `keys` maps a key that the layout would write to `[key, shape, dtype]` of the original, or to None where the
     original had none; `added` and `extras` map keys to `[dtype, shape, base64]`; `metadata` maps header entries to
-    their original value, or None where there was none, `order` lists the original's; `fingerprint` tells whether the file is still as converted.
+    their original value, or None where there was none, and `order` lists the original's; `fingerprint` tells whether
+    the file is still as converted.
     """
 
     layout: str

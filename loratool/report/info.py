@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.core.module import Module
-from loratool.ops.inspect import ComponentInfo, Info
+from loratool.ops import origin
+from loratool.ops.inspect import ComponentInfo, Info, ModuleInfo
 from loratool.report.inert import inert
 from loratool.report.units import count, histogram, plural, size
 
@@ -19,8 +19,8 @@ _VALUE = 300
 _UNREAD = 8
 
 
-def as_json(info: Info, keys: bool = False) -> dict[str, Any]:
-    """The documented schema of `--json` (docs/json.md). `keys` adds every module."""
+def as_json(info: Info) -> dict[str, Any]:
+    """The documented schema of `--json` (docs/json.md)."""
     data: dict[str, Any] = {
         "path": info.path,
         "layout": info.layout,
@@ -57,40 +57,24 @@ def as_json(info: Info, keys: bool = False) -> dict[str, Any]:
         "unread_families": dict(info.unread_families),
         "notes": list(info.notes),
     }
-    if keys:
-        data["module_list"] = [_module_json(module) for module in info.adapter.modules]
+    if info.module_list:
+        data["module_list"] = [asdict(module) for module in info.module_list]
     return data
 
 
-def _module_json(module: Module) -> dict[str, Any]:
-    return {
-        "component": module.component,
-        "targets": [target.path for target in module.targets],
-        "family": module.family.id,
-        "rank": module.rank,
-        "alpha": module.alpha,
-        "scale": module.scale,
-        "shape": list(module.shape),
-        "dtype": module.dtype,
-        "dora": module.magnitude is not None,
-        "keys": dict(module.keys),
-    }
-
-
-def show(info: Info, console: Console, keys: bool = False, metadata: bool = False) -> None:
-    """One file on one screen; `keys` and `metadata` add everything there is."""
+def show(info: Info, console: Console, metadata: bool = False) -> None:
+    """One file on one screen; `metadata` adds all of it, and a module list what was asked for with it."""
     from rich.table import Table
     from rich.text import Text
 
     console.print(Text(f"{inert(Path(info.path).name, 60)}  ", style="bold") + Text(size(info.size_bytes), style="dim"))
     console.print(Text("  " + _sentence(info)))
     console.print()
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 2), header_style="bold")
     for title, right in (("component", False), ("modules", True), ("params", True)):
         table.add_column(title, justify="right" if right else "left", no_wrap=True)
     table.add_column("rank", overflow="fold")
     table.add_column("alpha", overflow="fold")
-    table.add_column("blocks", overflow="fold")
     for name, part in info.components.items():
         table.add_row(
             Text(inert(name)),
@@ -98,20 +82,19 @@ def show(info: Info, console: Console, keys: bool = False, metadata: bool = Fals
             count(part.parameters),
             histogram(part.ranks),
             histogram(part.alphas),
-            Text(inert(_blocks(part), 200)),
         )
     console.print(table)
     console.print()
     _facts(info, console)
-    if keys:
-        _keys(info.adapter.modules, console)
+    if info.module_list:
+        _keys(info.module_list, console)
     if metadata:
         _metadata(info.metadata, info.side_files, console)
 
 
 def _sentence(info: Info) -> str:
     kinds = " + ".join(f"{n} {family}" for family, n in info.families.items()) if len(info.families) > 1 else ""
-    family = next(iter(info.families)) if not kinds else "mixed"
+    family = next(iter(info.families or info.unread_families), "none") if not kinds else "mixed"
     title = {"lora": "LoRA", "lokr": "LoKr"}.get(family, family)
     if info.dora:
         title += " with DoRA" if info.dora == info.modules else f" with DoRA on {info.dora}"
@@ -140,6 +123,8 @@ def _facts(info: Info, console: Console) -> None:
         row("model", "nearest: " + ", ".join(f"{name} {share:.0%}" for name, share in info.runner_up.items()))
     if not info.standard_width:
         row("width", "not the standard model's: a distilled, pruned or test model", "yellow")
+    for name, part in info.components.items():
+        row(f"{inert(name, 20)} in", inert(_blocks(part), 300))
     row("parameters", f"{count(info.parameters)} in {plural(info.modules, 'module')}")
     if info.written_by:
         row("written by", inert(info.written_by, 100))
@@ -166,19 +151,18 @@ def _facts(info: Info, console: Console) -> None:
 
 
 def _blocks(part: ComponentInfo) -> str:
-    """`down_blocks 0-2, mid_block, up_blocks 1-3`: the blocks that have modules, runs of numbers joined."""
-    numbered: dict[str, list[int]] = {}
-    for block in part.blocks:
+    """`down_blocks 0-2 (72), mid_block (12)`: the blocks with modules, runs of numbers joined, and how many modules."""
+    numbers: dict[str, list[int]] = {}
+    modules: dict[str, int] = {}
+    for block, count_ in part.blocks.items():
         name, _, number = block.rpartition(".")
-        if name and number.isdigit():
-            numbered.setdefault(name, []).append(int(number))
-        else:
-            numbered.setdefault(block, [])
-    named = []
-    for name, numbers in numbered.items():
-        short = re.sub(r"^.*\.", "", name)
-        named.append(f"{short} {_runs(sorted(numbers))}" if numbers else short)
-    return ", ".join(named)
+        name, known = (name, [int(number)]) if name and number.isdigit() else (block, [])
+        numbers.setdefault(name, []).extend(known)
+        modules[name] = modules.get(name, 0) + count_
+    return ", ".join(
+        " ".join(filter(None, (name.rpartition(".")[2], _runs(sorted(numbers[name])), f"({modules[name]})")))
+        for name in numbers
+    )
 
 
 def _runs(numbers: Sequence[int]) -> str:
@@ -191,17 +175,16 @@ def _runs(numbers: Sequence[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def _keys(modules: Sequence[Module], console: Console) -> None:
+def _keys(modules: Sequence[ModuleInfo], console: Console) -> None:
     from rich.text import Text
 
     console.print()
     for module in modules:
-        names = " + ".join(target.path for target in module.targets)
         alpha = "none" if module.alpha is None else f"{module.alpha:g}"
         shape = "x".join(str(size) for size in module.shape)
-        dora = ", DoRA" if module.magnitude is not None else ""
-        facts = f"{module.family.id} rank {module.rank}, alpha {alpha}, {shape}, {module.dtype}{dora}"
-        console.print(Text(inert(f"{module.component}.{names}  {facts}")), soft_wrap=True)
+        dora = ", DoRA" if module.dora else ""
+        facts = f"{module.family} rank {module.rank}, alpha {alpha}, {shape}, {module.dtype}{dora}"
+        console.print(Text(inert(f"{module.component}.{' + '.join(module.targets)}  {facts}")), soft_wrap=True)
 
 
 def _metadata(metadata: Mapping[str, str], sides: Mapping[str, str], console: Console) -> None:
@@ -210,7 +193,8 @@ def _metadata(metadata: Mapping[str, str], sides: Mapping[str, str], console: Co
     console.print()
     for title, entries in (("metadata", metadata), ("side files", sides)):
         for key, value in entries.items():
-            console.print(Text(f"{inert(key, 200)}: ", style="bold") + Text(inert(value)), soft_wrap=True)
+            text = f"(the return ticket, {len(value):,} characters)" if key == origin.ENTRY else inert(value)
+            console.print(Text(f"{inert(key, 200)}: ", style="bold") + Text(text), soft_wrap=True)
         if not entries and title == "metadata":
             console.print("no metadata")
 
