@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping
 import pytest
 import torch
 
+from loratool.core.adapter import Bundle
 from loratool.core.architecture import Architecture, Voice
 from loratool.core.errors import NotExact
 from loratool.core.family import Factors, Family, Part
+from loratool.core.layout import Layout
 from loratool.core.target import Target
 
 # A PEFT folder and a diffusers component folder each hold one component, which their names do not tell.
@@ -195,3 +197,42 @@ def _check_components(family: Family, factors: Factors, name: str) -> None:
     kept = family.keep(factors, live)
     assert family.rank({role: factor.shape for role, factor in kept.items()}) == len(live), name
     assert_same(dense(family, kept), dense(family, factors), f"{name}: its live components")
+
+
+# -- layouts --------------------------------------------------------------------------------------------------------
+
+
+def check_layout(layout: Layout, bundle: Bundle, architecture: Architecture) -> None:
+    """`write(read(x)) == x`, byte for byte, for a file whose keys are those that the layout writes.
+
+    What a layout says in the header or beside the file may be said in other words the first time (the same ranks and
+    scales as one pattern or as twenty); from then on every byte stays.
+    """
+    adapter = layout.read(bundle, architecture)
+    assert adapter.layout == layout.id
+    assert not adapter.extras, f"unread: {list(adapter.extras)}"
+    written = layout.write(adapter)
+    assert_same_tensors(bundle, written)
+    entries = {*layout.header_entries, "format"}
+    assert _without(written.metadata, entries) == _without(bundle.metadata, entries)
+    again = layout.read(written, architecture)
+    assert [m.targets for m in again.modules] == [m.targets for m in adapter.modules]
+    for before, after in zip(adapter.modules, again.modules, strict=True):
+        assert before.scale == after.scale, before.title
+    twice = layout.write(again)
+    assert list(twice.tensors) == list(written.tensors)
+    assert_same_tensors(written, twice)
+    assert (twice.metadata, twice.side_files) == (written.metadata, written.side_files)
+
+
+def assert_same_tensors(left: Bundle, right: Bundle) -> None:
+    """The same keys with the same dtypes, shapes and bytes, in any order."""
+    assert left.tensors.keys() == right.tensors.keys()
+    for key, tensor in left.tensors.items():
+        other = right.tensors[key]
+        assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape), key
+        assert bytes(tensor.read()) == bytes(other.read()), key
+
+
+def _without(metadata: Mapping[str, str], entries: set[str]) -> dict[str, str]:
+    return {key: value for key, value in metadata.items() if key not in entries}

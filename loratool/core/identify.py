@@ -9,7 +9,8 @@ from loratool.core.adapter import Bundle
 from loratool.core.architecture import Architecture
 from loratool.core.registry import architectures
 
-_ADAPTER_SIGNS = ("lora_", ".lora.", "lokr_", "hada_", "oft_", "_lora", ".alpha", ":up", ":down", ".diff", "dora_scale")
+_ADAPTER_SIGNS = ("lora_", ".lora.", "_lora", ".lora", "lokr_", "hada_", "oft_blocks", "dora_scale")
+_ADAPTER_ENDS = (".alpha", ":up", ":down", ".diff", ".diff_b", ".on_input", ".w_norm", ".b_norm")
 _VAE = ("decoder.conv_in.weight", "encoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight")
 _EMBEDDINGS = ("emb_params", "string_to_param", "clip_l", "clip_g", "t5xxl")
 
@@ -27,7 +28,7 @@ def what_it_is(bundle: Bundle) -> Other | None:
     keys = bundle.tensors
     if not keys:
         return Other("empty: it holds no tensor", "download it again")
-    if any(sign in key for key in keys for sign in _ADAPTER_SIGNS):
+    if any(key.endswith(_ADAPTER_ENDS) or any(sign in key for sign in _ADAPTER_SIGNS) for key in keys):
         return None
     embedding = _textual_inversion(bundle)
     if embedding is not None:

@@ -8,15 +8,18 @@ from functools import cached_property
 
 from loratool.core.adapter import Adapter, Bundle
 from loratool.core.architecture import Architecture, Spoken, Voice
-from loratool.core.errors import FormatError, NotRepresentable
+from loratool.core.errors import FormatError, LoratoolError, NotRepresentable
 from loratool.core.module import Module
 from loratool.core.registry import families
 from loratool.core.target import Target
-from loratool.core.tensor import LazyTensor
+from loratool.core.tensor import Held, LazyTensor
 
 ALPHA, MAGNITUDE = "alpha", "magnitude"
 COMPONENT = "loratool.component"
 """Header entry that says which component a file is for, where its keys alone cannot."""
+
+VECTOR = ".lora_magnitude_vector"
+"""PEFT's suffix of a DoRA magnitude: one value per output feature, `(out,)` or, for a convolution, `(1, out, 1, 1)`."""
 
 ANY = "*"
 """Family of the roles that every family shares."""
@@ -173,17 +176,27 @@ class Layout:
         magnitude = None
         if MAGNITUDE in group.shared:
             key = group.shared[MAGNITUDE]
-            magnitude = self.canonical_magnitude(bundle.tensors[key], shape, key)
+            columns = "embedding_A" in factors and VECTOR in key  # an embedding's outputs are its weight's columns
+            magnitude = self.canonical_magnitude(bundle.tensors[key], shape, key, columns)
         keys = {**roles, **group.shared}
         return said, Module(said.targets_at(shape), family, factors, alpha, magnitude, keys)
 
-    def canonical_magnitude(self, stored: LazyTensor, shape: tuple[int, ...], key: str) -> LazyTensor:
-        """A DoRA magnitude as `(out, 1, ...)` or `(1, in, ...)`; FormatError if it fits neither side of `shape`."""
+    def canonical_magnitude(
+        self, stored: LazyTensor, shape: tuple[int, ...], key: str, per_column: bool = False
+    ) -> LazyTensor:
+        """A DoRA magnitude as `(out, 1, ...)` or `(1, in, ...)`; FormatError if it fits neither side of `shape`.
+
+        Without `per_column` its shape tells which it is, except for PEFT's, which has one value per output whatever
+        its shape.
+        """
         out, columns = shape[0], shape[1]
         ones = (1,) * (len(shape) - 1)
-        if stored.numel == out and (len(stored.shape) == 1 or stored.shape[0] == out):
+        if per_column and stored.numel == columns:
+            return stored.reshape((1, columns, *ones[1:]))
+        per_row = len(stored.shape) == 1 or stored.shape[0] == out or VECTOR in key
+        if stored.numel == out and per_row and not per_column:
             return stored.reshape((out, *ones))
-        if stored.numel == columns and len(stored.shape) > 1 and stored.shape[0] == 1:
+        if stored.numel == columns and len(stored.shape) > 1 and stored.shape[0] == 1 and VECTOR not in key:
             return stored.reshape((1, columns, *ones[1:]))
         raise FormatError(
             f"DoRA magnitude has shape {list(stored.shape)}, expected one value per row ({out}) or column ({columns})",
@@ -217,14 +230,43 @@ class Layout:
         voices = {**self.voices_for(adapter), **(voices or {})}
         blocked = {m.title: reason for m in adapter.modules if (reason := self.obstacle(m)) is not None}
         if blocked:
-            reasons = sorted(set(blocked.values()))
             raise NotRepresentable(
-                f"{len(blocked)} modules cannot be written: {'; '.join(reasons)}", modules=tuple(blocked)
+                f"{len(blocked)} of {len(adapter.modules)} modules cannot be written ({_few(list(blocked))}): "
+                f"{'; '.join(sorted(set(blocked.values())))}",
+                modules=tuple(blocked),
+                hint=self.way_out([m for m in adapter.modules if m.title in blocked]),
             )
         tensors: dict[str, LazyTensor] = {}
         for module in adapter.modules:
             tensors.update(self.spell(module, adapter.architecture, voices).values())
-        return self.finish(adapter, Bundle(tensors, adapter.metadata), voices)
+        metadata = {key: value for key, value in adapter.metadata.items() if key != COMPONENT}
+        if len(adapter.components) == 1 and self.ambiguous(adapter, voices):
+            metadata[COMPONENT] = adapter.components[0]
+        return self.finish(adapter, Bundle(tensors, metadata), voices)
+
+    def way_out(self, blocked: Sequence[Module]) -> str | None:
+        """What a user can do about modules with an obstacle: their approximation as LoRA, if that has none."""
+        pair = families()["lora"]
+        for module in blocked:
+            if module.family is pair and "mid" not in module.factors:
+                return None  # it is a LoRA already
+            out, columns, *kernel = module.shape
+            ones = [1] * len(kernel)
+            factors = {"up": _empty((out, 1, *ones), module.dtype), "down": _empty((1, columns, *kernel), module.dtype)}
+            if self.obstacle(replace(module, family=pair, factors=factors)) is not None:
+                return None
+        return "rewrite them with --approximate lora and --rank N or --energy E"
+
+    def ambiguous(self, adapter: Adapter, voices: Mapping[str, Voice]) -> bool:
+        """Whether the keys of an adapter's one component might be read as another component's."""
+        for module in adapter.modules:
+            stem = self.stem(module, adapter.architecture, voices)
+            spoken = self.resolve(stem, adapter.architecture, {})
+            if adapter.architecture.open:
+                spoken = spoken[:1]  # without a table nothing but the order decides
+            if any(said.component != module.component for said in spoken):
+                return True
+        return False
 
     def spell(
         self, module: Module, architecture: Architecture, voices: Mapping[str, Voice]
@@ -284,6 +326,16 @@ def _best(spoken: Sequence[Spoken], shape: tuple[int, ...], component: str | Non
     return spoken[0]
 
 
+def _few(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _empty(shape: tuple[int, ...], dtype: str) -> LazyTensor:
+    """A tensor to ask for its shape, never for its values."""
+    return LazyTensor(shape, dtype, Held(b""))
+
+
 def fits(targets: Sequence[Target], shape: tuple[int, ...]) -> bool:
     """Whether an update of `shape` has exactly the standard model's size (a flattened kernel counts as equal)."""
     rows = sum(target.rows for target in targets)
@@ -300,7 +352,10 @@ def _columns(shape: tuple[int, ...]) -> int:
 def alpha_scalar(alpha: float, dtype: str) -> LazyTensor:
     """alpha as a 0-d tensor: in the factors' dtype, as trainers write it, where that holds the value, else wider."""
     for code in (dtype, "F32"):
-        scalar = LazyTensor.scalar(alpha, code)
+        try:
+            scalar = LazyTensor.scalar(alpha, code)
+        except LoratoolError:
+            continue  # an integer dtype, say
         if abs(scalar.item() - alpha) <= 1e-12 * abs(alpha):
             return scalar
     return LazyTensor.scalar(alpha, "F64")

@@ -88,11 +88,14 @@ def anchored(path: str) -> str:
     return "^" + re.escape(path)
 
 
-def config_of(modules: Sequence[tuple[str, Module]], others: frozenset[str], anchor: bool = True) -> dict[str, Any]:
+def config_of(
+    modules: Sequence[tuple[str, Module]], others: frozenset[str] | None, anchor: bool = True
+) -> dict[str, Any]:
     """The LoraConfig fields under which PEFT gives each (path, module) its rank and scale.
 
-    `others` are all paths of the model: where a path is the end of another one's, targets are written as one
-    exact expression, because PEFT matches names in a list by their end. `anchor` marks pattern keys as whole paths.
+    `others` are all paths of the model (None: not known). Where a path is, or might be, the end of another one's,
+    targets are written as one exact expression, because PEFT matches names in a list by their end. `anchor` says that
+    paths are whole, and pattern keys are marked as such; else something may stand before them.
     """
     _all_or_none(modules, "DoRA magnitude", lambda module: module.magnitude is not None)
     _all_or_none(modules, "lora_bias", lambda module: "bias" in module.factors)
@@ -107,7 +110,7 @@ def config_of(modules: Sequence[tuple[str, Module]], others: frozenset[str], anc
         "lora_alpha": alpha,
         "rank_pattern": {name(path): module.rank for path, module in modules if module.rank != rank},
         "alpha_pattern": {name(path): effective[path] for path in paths if effective[path] != alpha},
-        "target_modules": _targets(paths, others),
+        "target_modules": _targets(paths, others, anchor),
         "use_dora": any(module.magnitude is not None for _, module in modules),
         "lora_bias": any("bias" in module.factors for _, module in modules),
     }
@@ -123,12 +126,14 @@ def _all_or_none(modules: Sequence[tuple[str, Module]], what: str, has: Callable
         )
 
 
-def _targets(paths: Sequence[str], others: frozenset[str]) -> list[str] | str:
+def _targets(paths: Sequence[str], others: frozenset[str] | None, anchor: bool) -> list[str] | str:
     wanted = set(paths)
-    ends = {other[i + 1 :] for other in others - wanted for i, char in enumerate(other) if char == "."}
-    if wanted & ends:
-        return "|".join(f"({re.escape(path)})" for path in sorted(wanted))
-    return sorted(wanted)
+    if others is not None:
+        ends = {other[i + 1 :] for other in others - wanted for i, char in enumerate(other) if char == "."}
+        if not wanted & ends:
+            return sorted(wanted)
+    expression = "|".join(f"({re.escape(path)})" for path in sorted(wanted))
+    return expression if anchor else rf"(.*\.)?({expression})"
 
 
 def _plain(value: float) -> float | int:
@@ -157,15 +162,31 @@ def path_of(module: Module, architecture: Architecture) -> str:
     return module.targets[0].module_path
 
 
-def canonical_paths(architecture: Architecture, component: str) -> frozenset[str]:
-    """Every path of a component; none are known without a table."""
+def canonical_paths(architecture: Architecture, component: str) -> frozenset[str] | None:
+    """Every path of a component; None without a table."""
     if architecture.open or component not in architecture.components:
-        return frozenset()
+        return None
     return frozenset(next(iter(architecture.namings(component).values())))
 
 
+def peft_obstacle(module: Module, layout: str) -> str | None:
+    """PEFT's magnitude has one value per output feature: a row of the weight, or a column of an embedding's."""
+    if module.magnitude is None or module.magnitude_per_row != _is_embedding(module):
+        return None
+    return f"{layout} has no DoRA magnitude per input feature"
+
+
 def peft_magnitude(module: Module) -> LazyTensor:
-    """A row-wise magnitude in PEFT's shape: `(out,)`, for a convolution `(1, out, 1, 1)`."""
+    """A magnitude per output feature in PEFT's shape: `(out,)`, for a convolution `(1, out, 1, 1)`."""
     assert module.magnitude is not None
-    out = module.shape[0]
-    return module.magnitude.reshape((1, out, 1, 1) if len(module.shape) > 2 else (out,))
+    out = module.magnitude.numel
+    return module.magnitude.reshape((1, out, *(1,) * (len(module.shape) - 2)) if len(module.shape) > 2 else (out,))
+
+
+def _is_embedding(module: Module) -> bool:
+    return "embedding_A" in module.factors
+
+
+def canonical_peft_magnitude(stored: LazyTensor, shape: tuple[int, ...]) -> LazyTensor | None:
+    """PEFT's magnitude, `(out,)` or `(1, out, 1, 1)`, as `(out, 1, ...)`; None where it has not one value per row."""
+    return stored.reshape((shape[0], *(1,) * (len(shape) - 1))) if stored.numel == shape[0] else None

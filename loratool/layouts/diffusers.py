@@ -22,9 +22,11 @@ from loratool.core.tensor import LazyTensor
 from loratool.layouts._peft_config import (
     alphas,
     canonical_paths,
+    canonical_peft_magnitude,
     config_of,
     path_of,
     peft_magnitude,
+    peft_obstacle,
     without_adapter_name,
 )
 
@@ -62,10 +64,13 @@ class Diffusers(Layout):
         return replace(adapter, modules=tuple(modules))
 
     def obstacle(self, module: Module) -> str | None:
-        """diffusers' magnitude is PEFT's: per output row."""
-        if module.magnitude is not None and not module.magnitude_per_row:
-            return "diffusers has no DoRA magnitude per input column"
-        return super().obstacle(module)
+        """diffusers' magnitude is PEFT's: per output feature."""
+        return peft_obstacle(module, self.id) or super().obstacle(module)
+
+    def canonical_magnitude(self, stored: LazyTensor, shape: tuple[int, ...], key: str) -> LazyTensor:
+        """PEFT's is one value per output row, whatever its shape; kohya's `dora_scale` may be per column."""
+        found = None if key.endswith(".dora_scale") else canonical_peft_magnitude(stored, shape)
+        return super().canonical_magnitude(stored, shape, key) if found is None else found
 
     def stored_magnitude(self, module: Module) -> LazyTensor:
         """As PEFT."""
@@ -83,7 +88,8 @@ class Diffusers(Layout):
         told = True
         for component in adapter.components:
             modules = [(_short(path_of(m, adapter.architecture)), m) for m in adapter.of(component)]
-            others = frozenset(_short(path) for path in canonical_paths(adapter.architecture, component))
+            known = canonical_paths(adapter.architecture, component)
+            others = None if known is None else frozenset(map(_short, known))
             # An encoder's `text_model.` comes and goes between versions of transformers: its names are left open at
             # the front, so that they match either way.
             config = config_of(modules, others, anchor=not component.startswith("text_encoder"))

@@ -57,7 +57,7 @@ class Kohya(Layout):
         """sd-scripts' `split_qkv` makes the parts block-diagonal and leaves alpha as it was: said, not corrected."""
         if '"split_qkv": "true"' in adapter.metadata.get("ss_network_args", "").lower():
             note = (
-                "trained with split_qkv: sd-scripts stores fused modules at a multiple of the rank with the same alpha, "
+                "trained with split_qkv: sd-scripts stores fused modules at a multiple of the rank, alpha unchanged, "
                 "so programs apply them that much weaker than in training; the file is taken as programs apply it"
             )
             return replace(adapter, notes=(*adapter.notes, note))

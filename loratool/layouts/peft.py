@@ -14,19 +14,22 @@ from typing import Any
 from loratool.core.adapter import Adapter, Bundle
 from loratool.core.architecture import Architecture, Spoken, Voice
 from loratool.core.errors import FormatError
-from loratool.core.layout import ANY, COMPONENT, MAGNITUDE, Layout, with_alpha
+from loratool.core.layout import ANY, MAGNITUDE, VECTOR, Layout, with_alpha
 from loratool.core.module import Module
 from loratool.core.tensor import LazyTensor
 from loratool.layouts._peft_config import (
     alphas,
     canonical_paths,
+    canonical_peft_magnitude,
     config_of,
     path_of,
     peft_magnitude,
+    peft_obstacle,
     without_adapter_name,
 )
 
 CONFIG = "adapter_config.json"
+_CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 class Peft(Layout):
@@ -64,10 +67,13 @@ class Peft(Layout):
         return replace(adapter, modules=tuple(modules))
 
     def obstacle(self, module: Module) -> str | None:
-        """PEFT's magnitude is per output row."""
-        if module.magnitude is not None and not module.magnitude_per_row:
-            return "peft has no DoRA magnitude per input column"
-        return super().obstacle(module)
+        """PEFT's magnitude is per output feature."""
+        return peft_obstacle(module, self.id) or super().obstacle(module)
+
+    def canonical_magnitude(self, stored: LazyTensor, shape: tuple[int, ...], key: str) -> LazyTensor:
+        """One value per output row, whatever its shape: a convolution's is `(1, out, 1, 1)`."""
+        found = canonical_peft_magnitude(stored, shape)
+        return super().canonical_magnitude(stored, shape, key) if found is None else found
 
     def stored_magnitude(self, module: Module) -> LazyTensor:
         """`(out,)`, for a convolution `(1, out, 1, 1)`."""
@@ -84,15 +90,13 @@ class Peft(Layout):
         """With one config per component."""
         single = len(adapter.components) == 1
         metadata = {**bundle.metadata, "format": "pt"}
-        if single and _ambiguous(adapter):
-            metadata[COMPONENT] = adapter.components[0]
         sides = {}
         for component in adapter.components:
             modules = [(path_of(module, adapter.architecture), module) for module in adapter.of(component)]
             others = canonical_paths(adapter.architecture, component)
             config = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True}
-            config |= {"bias": "none", "fan_in_fan_out": False, "use_rslora": False, "modules_to_save": None}
-            config |= config_of(modules, others)
+            config |= {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None}
+            config |= _kept(adapter, component) | {"use_rslora": False} | config_of(modules, others)
             sides[("" if single else f"{component}/") + CONFIG] = json.dumps(config, indent=2, sort_keys=True) + "\n"
         return Bundle(bundle.tensors, metadata, sides)
 
@@ -102,13 +106,16 @@ def _folder(key: str) -> str:
     return key[: key.rfind("/") + 1]
 
 
-def _ambiguous(adapter: Adapter) -> bool:
-    """Whether another component has the same names: the two encoders of SDXL."""
-    if adapter.architecture.open:
-        return adapter.components[0] != "model"
-    own = canonical_paths(adapter.architecture, adapter.components[0])
-    others = (c for c in adapter.architecture.components if c != adapter.components[0])
-    return any(own & canonical_paths(adapter.architecture, component) for component in others)
+def _kept(adapter: Adapter, component: str) -> dict[str, Any]:
+    """What the config of an adapter that was read from a PEFT folder says beside names, ranks and scales: the base
+    model, the task, `fan_in_fan_out`, `modules_to_save`, ... Fields that choose modules are left to the new names."""
+    if adapter.layout != LAYOUT.id:
+        return {}
+    folder = next((_folder(key) for module in adapter.of(component) for key in module.keys.values()), "")
+    text = adapter.side_files.get(folder + CONFIG)
+    if text is None:
+        return {}
+    return parse_config(text) | dict.fromkeys(_CHOOSING)
 
 
 def parse_config(text: str) -> dict[str, Any]:
@@ -135,8 +142,7 @@ LAYOUT = Peft(
         ("lora", "bias"): ".lora_B.bias",
         ("lora", "embedding_A"): ".lora_embedding_A",
         ("lora", "embedding_B"): ".lora_embedding_B",
-        (ANY, MAGNITUDE): ".lora_magnitude_vector",
+        (ANY, MAGNITUDE): VECTOR,
     },
-    header_entries=(COMPONENT,),
     folder=True,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,7 +54,8 @@ class ModuleInfo:
 
 @dataclass(frozen=True)
 class Info:
-    """What a file is. Sizes in bytes, `architecture_score` the share of its keys' names that the tables know."""
+    """What a file is. Sizes in bytes, `architecture_score` the share of its keys' names that the tables know,
+    `standard_modules` the number of modules whose size is the standard model's."""
 
     path: str
     layout: str
@@ -63,6 +65,7 @@ class Info:
     architecture_score: float
     runner_up: Mapping[str, float]
     standard_width: bool
+    standard_modules: int
     written_by: str | None
     families: Mapping[str, int]
     modules: int
@@ -99,6 +102,7 @@ def describe(opened: Opened, keys: bool = False) -> Info:
     runner = opened.detection.runner_up
     close = runner is not None and (best.architecture.open or runner.score > best.score - _SCORE_CLOSE)
     metadata = adapter.metadata
+    standard = sum(fits(module.targets, module.shape) for module in adapter.modules)
     return Info(
         path=adapter.path,
         layout=adapter.layout,
@@ -107,7 +111,8 @@ def describe(opened: Opened, keys: bool = False) -> Info:
         architecture_title=adapter.architecture.title,
         architecture_score=round(best.resolved, 4) if not best.architecture.open else 0.0,
         runner_up={runner.architecture.id: round(runner.resolved, 4)} if runner and close else {},
-        standard_width=adapter.architecture.open or all(fits(m.targets, m.shape) for m in adapter.modules),
+        standard_width=standard == len(adapter.modules),
+        standard_modules=standard,
         written_by=_written_by(metadata, adapter.side_files),
         families=dict(Counter(module.family.id for module in adapter.modules)),
         modules=len(adapter.modules),
@@ -159,7 +164,11 @@ def _component(modules: Sequence[Module]) -> ComponentInfo:
 
 def block_of(module: Module) -> str:
     """The block a module belongs to: its path up to the first number, or its first part (all of a UNet's middle)."""
-    parts = module.targets[0].module_path.split(".")
+    path = module.targets[0].module_path
+    flattened = re.match(r"(.*?)_(\d+)_", path) if "." not in path else None
+    if flattened is not None:
+        return f"{flattened[1]}.{flattened[2]}"
+    parts = path.split(".")
     if parts[0].startswith("mid"):
         return parts[0]
     for end, part in enumerate(parts[:-1]):

@@ -28,6 +28,7 @@ def as_json(info: Info) -> dict[str, Any]:
         "architecture_score": info.architecture_score,
         "runner_up": dict(info.runner_up),
         "standard_width": info.standard_width,
+        "standard_modules": info.standard_modules,
         "written_by": info.written_by,
         "families": dict(info.families),
         "modules": info.modules,
@@ -122,7 +123,11 @@ def _facts(info: Info, console: Console) -> None:
     elif info.runner_up:
         row("model", "nearest: " + ", ".join(f"{name} {share:.0%}" for name, share in info.runner_up.items()))
     if not info.standard_width:
-        row("width", "not the standard model's: a distilled, pruned or test model", "yellow")
+        odd = info.modules - info.standard_modules
+        if info.standard_modules:
+            row("width", f"{plural(odd, 'module')} of another size than the standard model's", "yellow")
+        else:
+            row("width", "not the standard model's: a distilled, pruned or test model", "yellow")
     for name, part in info.components.items():
         row(f"{inert(name, 20)} in", inert(_blocks(part), 300))
     row("parameters", f"{count(info.parameters)} in {plural(info.modules, 'module')}")

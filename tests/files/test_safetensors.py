@@ -10,6 +10,8 @@ import os
 import random
 import subprocess
 import sys
+import threading
+import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
@@ -30,7 +32,11 @@ from loratool.files.safetensors import LEGACY_HASH, MODEL_HASH, read_header, wri
 REAL_FILES = sorted((Path(__file__).parents[3] / "shared" / "data").glob("*/*.safetensors"))
 SD_SCRIPTS = [path for path in REAL_FILES if path.parent.name == "kohya"]
 LOADABLE = sorted(set(DTYPES) - {"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0"})
-QUICK = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def deserialized(data: bytes) -> list[tuple[str, dict[str, Any]]]:
+    return list(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
 
 
 def packed(header: object, data: bytes = b"", *, length: int | None = None) -> bytes:
@@ -90,18 +96,16 @@ def test_every_dtype_survives_and_safetensors_accepts_it(tmp_path: Path, code: s
     tensors = {"a": LazyTensor((2, 24), code, Held(bytes(i % 2 for i in range(nbytes))))}
     data = written(tmp_path / "x", tensors)
     assert same_bytes(read_header(tmp_path / "x").tensors["a"], tensors["a"])
-    [(name, view)] = safetensors.deserialize(data)
+    [(name, view)] = deserialized(data)
     assert (name, view["dtype"], view["shape"], bytes(view["data"])) == ("a", code, [2, 24], bytes(tensors["a"].read()))
 
 
 def test_order_of_all_dtypes_is_the_serialisers(tmp_path: Path) -> None:
-    names = {"float4_e2m1fn_x2": "F4"}
     tensors = {f"{code}.{i}": torch.zeros(2, dtype=torch_dtype(code)) for i in (1, 10, 2) for code in LOADABLE}
     tensors |= {f"F8_E8M0.{i}": torch.zeros(2, dtype=torch.float8_e8m0fnu) for i in (2, 1)}
     items = list(tensors.items())
     random.Random(1).shuffle(items)
     assert written(tmp_path / "x", lazies(dict(items))) == safetensors.torch.save(dict(items))
-    assert names
 
 
 @pytest.mark.parametrize("path", REAL_FILES, ids=lambda path: path.stem)
@@ -140,13 +144,14 @@ def test_any_content_gives_the_bytes_of_safetensors(
 
 SEEDS: list[bytes] = [
     packed({"a": entry(), "b": entry(offsets=(4, 8))}, bytes(8)),
-    packed({"__metadata__": {"k": "v-0"}, "a": entry("F16", (2, 3), (0, 12)), "e": entry("U8", (0,), (12, 12))}, bytes(12)),
+    packed({"__metadata__": {"k": "-0"}, "a": entry("F16", [2, 3], [0, 12]), "e": entry("U8", [0], [0, 0])}, bytes(12)),
     packed({"a": entry("F4", (2, 2), (0, 2)), "b": entry("I64", (), (2, 10))}, bytes(10)),
     packed(b'{"a":{"dtype":"U8","shape":[],"data_offsets":[0,1]}}   ', b"x"),
 ]
 FRAGMENTS = [
-    b"-0", b"-1", b"1.0", b"1e2", b"01", b"NaN", b"Infinity", b"null", b"true", b"[]", b"{}", b'"\\ud800"', b'"\\u0041"',
-    b'"a"', b",", b":", b"{", b"}", b"[", b"]", b" ", b"\n", b"\t", b"\x00", b"\xff", b"0", b"1", b"2", b"4", b"8", b"12",
+    b"-0", b"-1", b"1.0", b"1e2", b"01", b"NaN", b"Infinity", b"null", b"true", b"[]", b"{}",
+    b'"\\ud800"', b'"\\u0041"', b'"a"',
+    b",", b":", b"{", b"}", b"[", b"]", b" ", b"\n", b"\t", b"\x00", b"\xff", b"0", b"1", b"2", b"4", b"8", b"12",
     b"4294967296", b"18446744073709551615", b"18446744073709551616", b"9223372036854775808", b"F16", b"F6_E2M3", b"C64",
     b'"dtype"', b'"shape"', b'"x":1,', b'"__metadata__":{},', b'"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},',
 ]  # fmt: skip
@@ -154,7 +159,7 @@ FRAGMENTS = [
 
 def accepted_by_safetensors(data: bytes) -> bool:
     try:
-        safetensors.deserialize(data)
+        deserialized(data)
     except safetensors.SafetensorError:
         return False
     return True
@@ -184,12 +189,13 @@ def check_never_laxer(path: Path, data: bytes) -> None:
         assert error.file == str(path)
         return
     assert accepted_by_safetensors(data)
-    theirs = {name: (view["dtype"], tuple(view["shape"]), bytes(view["data"])) for name, view in safetensors.deserialize(data)}
+    views = deserialized(data)
+    theirs = {name: (view["dtype"], tuple(view["shape"]), bytes(view["data"])) for name, view in views}
     ours = {name: (tensor.dtype, tensor.shape, bytes(tensor.read())) for name, tensor in header.tensors.items()}
     assert ours == theirs
 
 
-@settings(QUICK, max_examples=1500)
+@settings(QUICK, max_examples=600)
 @given(mutated())
 def test_never_accepts_what_safetensors_rejects(tmp_path: Path, data: bytes) -> None:
     check_never_laxer(tmp_path / "x", data)
@@ -199,7 +205,7 @@ def test_every_single_fragment_in_every_place(tmp_path: Path) -> None:
     # Values, not bytes: each number, string or bracket of a header replaced by each fragment, systematically.
     text = SEEDS[0][8:-8]
     places = [i for i in range(len(text)) if text[i : i + 1] in b'{["0148,:']
-    chosen = random.Random(0).sample([(i, f) for i in places for f in FRAGMENTS], 1500)
+    chosen = random.Random(0).sample([(i, f) for i in places for f in FRAGMENTS], 500)
     for place, fragment in chosen:
         check_never_laxer(tmp_path / "x", packed(text[:place] + fragment + text[place + 1 :], bytes(8)))
 
@@ -231,7 +237,7 @@ NOT_SAFETENSORS: list[tuple[str, bytes, str]] = [
     ("html", b"\n<!DOCTYPE html><html></html>", "web page.*download"),
     ("json", b'{"error": "not found"}', "JSON text"),
     ("torch zip", torch_file(), "PyTorch.*not supported yet; resave it as safetensors"),
-    ("torch old", torch_file(_use_new_zipfile_serialization=False), "pickle.*not supported yet; resave it as safetensors"),
+    ("torch old", torch_file(_use_new_zipfile_serialization=False), "pickle.*not supported yet; resave it as"),
     ("zip", a_zip("lora.safetensors"), "zip archive.*unpack"),
     ("gzip", b"\x1f\x8b\x08" + bytes(20), "gzip.*unpack"),
     ("png", b"\x89PNG\r\n\x1a\n" + bytes(20), "PNG"),
@@ -323,7 +329,7 @@ def test_refuses_what_is_no_regular_file_without_waiting(tmp_path: Path) -> None
     for path, words in ((tmp_path, "is a folder"), (os.devnull, "is a device"), ("/dev/zero", "is a device")):
         with pytest.raises(FormatError, match=words):
             read_header(path)
-    for path, words in ((tmp_path / "none", "no such file"), ("a\0b", "not a file name"), (tmp_path / "n" * 1, "no such")):
+    for path, words in ((tmp_path / "none", "no such file"), ("a\0b", "not a file name")):
         with pytest.raises(FormatError, match=words):
             read_header(path)
 
@@ -366,8 +372,9 @@ def test_a_file_that_shrinks_is_an_error(many: Path) -> None:
     tensors = read_header(many).tensors
     with many.open("r+b") as file:
         file.truncate(many.stat().st_size - 8)
-    last = max(tensors, key=lambda name: name)
-    for read in (lambda: tensors[last].read(), lambda: tensors[last].load(), lambda: list(tensors[last].source.chunks())):
+    last = max(tensors)
+    shrunk = tensors[last]
+    for read in (shrunk.read, shrunk.load, lambda: list(shrunk.source.chunks())):
         with pytest.raises(FormatError, match="became shorter") as caught:
             read()
         assert caught.value.file == str(many)
@@ -380,11 +387,11 @@ def test_loading_gives_memory_of_its_own(many: Path) -> None:
 
 
 def test_memory_stays_small(tmp_path: Path) -> None:
-    # tracemalloc sees the pieces: a reader or writer that holds a whole file of 320 MiB would show.
+    # tracemalloc sees the pieces: a reader or writer that holds a whole file of 160 MiB would show.
     size = 20 << 20
     one = bytes(size)
-    tensors = {f"t{i:02}": LazyTensor((size,), "U8", Held(one)) for i in range(8)}
-    tensors |= {f"c{i:02}": LazyTensor((size,), "U8", Computed(size, lambda: bytes(size))) for i in range(8)}
+    tensors = {f"t{i:02}": LazyTensor((size,), "U8", Held(one)) for i in range(4)}
+    tensors |= {f"c{i:02}": LazyTensor((size,), "U8", Computed(size, lambda: bytes(size))) for i in range(4)}
     tracemalloc.start()
     write_safetensors(tmp_path / "a", tensors, None, hashes=True)
     lazy = read_header(tmp_path / "a")
@@ -392,7 +399,7 @@ def test_memory_stays_small(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 * CHUNK + 2 * size
-    assert (tmp_path / "a").stat().st_size == (tmp_path / "b").stat().st_size > 320 << 20
+    assert (tmp_path / "a").stat().st_size == (tmp_path / "b").stat().st_size > 160 << 20
 
 
 # ---------------------------------------------------------------- refusing to write, hashes, progress
@@ -407,12 +414,13 @@ def test_memory_stays_small(tmp_path: Path) -> None:
         ({"a": LazyTensor((), "F33", Held(b"1234"))}, None, "F33"),
         ({"a": LazyTensor((2,), "F32", Held(b"1234"))}, None, "has 4 bytes"),
         ({"a": LazyTensor((1,), "F4", Held(b"1"))}, None, "4 bits"),
-        ({}, {"a": "x" * 100_000_000}, "at most 100000000"),
+        ({}, {"a": "x" * 5000}, "at most 4096"),
     ],
 )
 def test_refuses_to_write_what_the_format_cannot_hold(
-    tmp_path: Path, tensors: dict[str, LazyTensor], metadata: Any, words: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: dict[str, LazyTensor], metadata: Any, words: str
 ) -> None:
+    monkeypatch.setattr(sys.modules[write_safetensors.__module__], "MAX_HEADER", 4096)
     with pytest.raises(LoratoolError, match=words):
         write_safetensors(tmp_path / "x", tensors, metadata)
     assert not (tmp_path / "x").exists()
@@ -448,8 +456,6 @@ def test_a_source_that_fails_ends_the_hashing_thread(tmp_path: Path) -> None:
 
 
 def threads() -> int:
-    import threading
-
     return threading.active_count()
 
 
@@ -469,15 +475,17 @@ def sd_scripts_hashes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]
 
 
 @pytest.mark.parametrize("kib", [0, 900, 1023, 1024, 1030, 1088, 5000, 20000])
-@pytest.mark.parametrize("metadata", [{}, {"modelspec.title": "x"}, {"ss_tag": "y" * 70_000, "sshs_model_hash": "false"}])
+@pytest.mark.parametrize("metadata", [{}, {"modelspec.title": "x"}, {"ss_tag": "y" * 70_000, MODEL_HASH: "false"}])
 def test_hashes_are_those_of_sd_scripts(tmp_path: Path, kib: int, metadata: dict[str, str]) -> None:
     torch.manual_seed(kib)
     tensors = {"alpha": torch.tensor(4.0), "up": torch.randint(0, 255, (kib, 1024), dtype=torch.uint8)}
     write_safetensors(tmp_path / "x", lazies(tensors), metadata, hashes=True)
-    found = read_header(tmp_path / "x").metadata
+    header = read_header(tmp_path / "x")
+    found = header.metadata
     assert (found[MODEL_HASH], found[LEGACY_HASH]) == sd_scripts_hashes(tensors, metadata)
     assert list(found) == list(metadata | {MODEL_HASH: "", LEGACY_HASH: ""})
-    assert hashlib.sha256((tmp_path / "x").read_bytes()[read_header(tmp_path / "x").header_bytes :]).hexdigest() == found[MODEL_HASH]
+    data = (tmp_path / "x").read_bytes()[header.header_bytes :]
+    assert hashlib.sha256(data).hexdigest() == found[MODEL_HASH]
     assert all(torch.equal(value, tensors[name]) for name, value in safetensors.torch.load_file(tmp_path / "x").items())
 
 
@@ -501,8 +509,6 @@ def test_hashes_equal_those_that_sd_scripts_wrote(tmp_path: Path, path: Path) ->
 
 
 def test_a_header_of_3000_tensors_is_fast(many: Path, record_property: Callable[[str, object], None]) -> None:
-    import time
-
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()

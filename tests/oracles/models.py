@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -25,9 +27,15 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from loratool.core.adapter import Adapter
+from loratool.core.registry import architectures
 
 SHARED_DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 """Files that other programs wrote; not part of the project."""
@@ -198,8 +206,6 @@ def parameters(pipe: Any) -> Weights:
 
 def wrapped(pipe: Any) -> set[tuple[str, str]]:
     """Paths of the modules that carry a LoRA."""
-    from peft.tuners.lora import LoraLayer
-
     return {
         (component, path.removeprefix("text_model."))
         for component in components(pipe)
@@ -292,3 +298,118 @@ def assert_diffusers_applies(path: Path, adapter: Adapter, architecture: str) ->
     expected = dense(adapter)
     assert wrapped(pipe) == expected.keys()
     assert_same(changes(before, parameters(pipe)), expected)
+
+
+def kohya_file(
+    path: Path,
+    architecture: str,
+    *,
+    share: float = 1.0,
+    ranks: Sequence[int] = (4,),
+    alphas: Sequence[float] = (2.0,),
+    only: Callable[[str], bool] = lambda stem: True,
+    dora: bool = False,
+    seed: int = 0,
+) -> Path:
+    """A float32 file in kohya's key grammar with random values, over a random `share` of every Linear and convolution.
+
+    Rank and alpha of each module are drawn from `ranks` and `alphas`; `only` says which stems may occur.
+    """
+    draw = random.Random(seed)
+    values = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for stem, shape in kohya_shapes(architecture).items():
+        if not only(stem) or draw.random() > share:
+            continue
+        rank, alpha = draw.choice(ranks), draw.choice(alphas)
+        ones = (1,) * (len(shape) - 2)
+        tensors[f"{stem}.lora_down.weight"] = torch.randn(rank, *shape[1:], generator=values)
+        tensors[f"{stem}.lora_up.weight"] = torch.randn(shape[0], rank, *ones, generator=values) / rank
+        tensors[f"{stem}.alpha"] = torch.tensor(alpha)
+        if dora:
+            tensors[f"{stem}.dora_scale"] = torch.rand(shape[0], 1, *ones, generator=values) + 0.5
+    save_file(tensors, path, {"ss_network_module": "networks.lora"})
+    return path
+
+
+def kohya_shapes(architecture: str) -> dict[str, tuple[int, ...]]:
+    """kohya's stem of every Linear and convolution of the small models -> the shape of its update."""
+    table, pipe = architectures()[architecture], _models(architecture)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for component in components(pipe):
+        weights = {p.removeprefix("text_model."): m.weight for p, m in adaptable(getattr(pipe, component)).items()}
+        standard: dict[str, int] = {}
+        for targets in next(iter(table.namings(component).values())).values():
+            standard[targets[0].module_path] = sum(target.rows for target in targets)
+        voice = table.writes["kohya"][component]
+        for name, targets in table.naming(component, voice.naming).items():
+            found = [weights.get(target.module_path.removeprefix("text_model.")) for target in targets]
+            present = [weight for weight in found if weight is not None]
+            if len(present) < len(targets):
+                continue  # a norm, an embedding, or a block that the small model lacks
+            rows = sum(
+                weight.shape[0] * target.rows // standard[target.module_path]
+                for weight, target in zip(present, targets, strict=True)
+            )
+            shapes[voice.prefix + name.replace(".", "_")] = (rows, *present[0].shape[1:])
+    return shapes
+
+
+def same_file(left: Path, right: Path) -> None:
+    """Two files hold the same keys, dtypes, shapes, values bit for bit, and the same metadata."""
+    with safe_open(left, "pt") as one, safe_open(right, "pt") as other:
+        assert set(one.keys()) == set(other.keys())
+        assert (one.metadata() or {}) == (other.metadata() or {})
+        for key in one.keys():  # noqa: SIM118 (safe_open is no mapping)
+            x, y = one.get_tensor(key), other.get_tensor(key)
+            assert x.dtype == y.dtype and torch.equal(x, y), key
+
+
+def keys_of(path: Path) -> list[str]:
+    """Keys of a safetensors file in file order."""
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """Header metadata of a safetensors file."""
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
+
+
+def shared(*parts: str) -> Path:
+    """A file of `../shared/data`; skips the test where it is absent."""
+    path = SHARED_DATA.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"{path.name} is not here")
+    return path
+
+
+def trained(pipe: Any, configs: Mapping[str, Mapping[str, Any]], seed: int = 0) -> None:
+    """Adds PEFT adapters as diffusers' training scripts do (component -> LoraConfig fields), with random values."""
+    values = torch.Generator().manual_seed(seed)
+    for component, config in configs.items():
+        model = getattr(pipe, component)
+        with complaints():
+            model.add_adapter(LoraConfig(**config))
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                noise = torch.randn(parameter.shape, generator=values)
+                parameter.data = noise.abs() + 0.5 if "magnitude" in name else noise * 0.3
+
+
+def saved(pipe: Any, folder: Path, configs: Mapping[str, Any], *, metadata: bool, old_spelling: bool = False) -> Path:
+    """What `save_lora_weights` makes of the adapters on `pipe`.
+
+    `metadata` hands it the configurations; `old_spelling` converts the keys first, as the scripts for Stable
+    Diffusion do.
+    """
+    arguments: dict[str, Any] = {}
+    for component in configs:
+        model = getattr(pipe, component)
+        state = get_peft_model_state_dict(model)
+        arguments[f"{component}_lora_layers"] = convert_state_dict_to_diffusers(state) if old_spelling else state
+        if metadata:
+            arguments[f"{component}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
+    pipe.save_lora_weights(folder, **arguments)
+    return folder / "pytorch_lora_weights.safetensors"
