@@ -247,7 +247,9 @@ def random_parts(
     return [Part(one, rng.choice(ranks), rng.choice(alphas), dtype) for _, one in sorted(chosen.items())][:count]
 
 
-def typical_parts(architecture: str, layout: str, rank: int = 4, alpha: float | None = 4.0, dtype: str = "F16") -> list[Part]:
+def typical_parts(
+    architecture: str, layout: str, rank: int = 4, alpha: float | None = 4.0, dtype: str = "F16"
+) -> list[Part]:
     """Some modules of every component and kind: enough of them for a file to be recognised."""
     table = weights(architecture, layout)
     step = max(1, len(table) // 40)

@@ -11,7 +11,7 @@ from loratool.core.errors import LoratoolError, UsageError
 
 
 def info(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="LoRA files or PEFT folders.")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="LoRA files, PEFT folders, or folders of them.")],
     keys: Annotated[bool, typer.Option("--keys", help="List every module: names, rank, alpha, shape, dtype.")] = False,
     metadata: Annotated[bool, typer.Option("--metadata", help="Show all metadata.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
@@ -24,11 +24,13 @@ def info(
 
     Reads the header only. Exit 1 if a file is no LoRA or is broken.
     """
+    from loratool.files.bundle import adapters_in
     from loratool.ops.inspect import inspect
     from loratool.report import info as report
 
     infos, failures, found = [], 0, []
     with told_plainly():
+        files = [adapter for place in files for adapter in adapters_in(place)]
         for file in files:
             try:
                 infos.append(inspect(file, architecture, keys))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 
 from loratool.core.naming import Naming
 from loratool.core.target import Target
@@ -114,9 +114,14 @@ def _resolver(architecture: Architecture, layout: str, separator: str) -> Resolv
 
         return resolve
 
-    table: dict[str, list[Spoken]] = {}
-    for component, voice in voices:
-        for name, targets in architecture.naming(component, voice.naming).items():
-            stem = voice.prefix + (name if separator == "." else name.replace(".", separator))
-            table.setdefault(stem, []).append(Spoken(component, voice, name, targets))
-    return lambda stem: table.get(stem, ())
+    @lru_cache(maxsize=1 << 15)
+    def look_up(stem: str) -> Sequence[Spoken]:
+        found: list[Spoken] = []
+        for component, voice in voices:
+            if stem.startswith(voice.prefix):  # most are not: their tables are never built
+                naming = architecture.naming(component, voice.naming)
+                for name in naming.spelled(stem[len(voice.prefix) :], separator):
+                    found.append(Spoken(component, voice, name, naming[name]))
+        return found
+
+    return look_up

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from loratool.core.adapter import Bundle
 from loratool.core.architecture import Architecture, Spoken
@@ -18,6 +19,9 @@ ENOUGH = 0.5
 
 CLOSE = 0.02
 """Two architectures whose scores differ by less are a tie."""
+
+SAMPLE = 64
+"""About so many keys, spread over the file, tell whether a spelling and a table are worth a closer look."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +66,18 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
     """
     tables = [a for a in (among if among is not None else architectures().values()) if not a.open]
     keys = list(bundle.tensors)
+    sample = keys[:: max(1, len(keys) // SAMPLE)]
     candidates: list[Candidate] = []
-    spellings: list[tuple[Layout, Parsed]] = []
+    readings: list[_Reading] = []
     for spelling in [layouts()[layout]] if layout else layouts().values():
-        if not any(spelling.split(key) for key in keys[:: max(1, len(keys) // 64)]):
+        stems = {parts[0] for key in sample if (parts := spelling.split(key)) is not None}
+        if not stems:
             continue
-        try:
-            parsed = spelling.parse(keys)
-        except FormatError:
-            if layout or len(layouts()) == 1:
-                raise
-            continue
-        spellings.append((spelling, parsed))
-        candidates += [_candidate(bundle, spelling, parsed, a) for a in tables if a.voices(spelling.id)]
+        reading = _Reading(bundle, spelling, must=bool(layout) or len(layouts()) == 1)
+        readings.append(reading)
+        for table in tables:
+            if table.voices(spelling.id) and any(spelling.resolve(stem, table, bundle.metadata) for stem in stems):
+                candidates += _candidates(reading, table)
     candidates = sorted((c for c in candidates if c.resolved > 0), key=lambda c: -c.score)
     believed = [c for c in candidates if c.resolved >= ENOUGH]
     if believed:
@@ -82,35 +85,59 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
         ids = dict.fromkeys(c.architecture.id for c in rivals)
         if len(ids) == 1:
             return Detection(believed[0], tuple(candidates))
-        return _open(bundle, spellings, tuple(candidates), tuple(ids))
-    return _open(bundle, spellings, tuple(candidates), ())
+        return _open(readings, tuple(candidates), tuple(ids))
+    return _open(readings, tuple(candidates), ())
 
 
-def _open(
-    bundle: Bundle, spellings: list[tuple[Layout, Parsed]], candidates: tuple[Candidate, ...], tie: tuple[str, ...]
-) -> Detection | None:
-    readings = []
-    for spelling, parsed in spellings:
+class _Reading:
+    """A bundle's keys in one spelling; parsed when somebody asks. `parsed` is None where two keys say the same
+    (with `must`, that is an error), `shapes` has the shape of every group whose factors fit each other."""
+
+    def __init__(self, bundle: Bundle, layout: Layout, must: bool) -> None:
+        self.bundle, self.layout, self._must = bundle, layout, must
+
+    @cached_property
+    def parsed(self) -> Parsed | None:
+        try:
+            return self.layout.parse(list(self.bundle.tensors))
+        except FormatError:
+            if self._must:
+                raise
+            return None
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...] | None]:
+        groups = self.parsed.groups if self.parsed else {}
+        return {stem: _shape(self.bundle, group.by_family) for stem, group in groups.items()}
+
+
+def _open(readings: list[_Reading], candidates: tuple[Candidate, ...], tie: tuple[str, ...]) -> Detection | None:
+    found: list[Candidate] = []
+    for reading in readings:
         for architecture in architectures().values():
-            if architecture.open and architecture.voices(spelling.id):
-                readings.append(_candidate(bundle, spelling, parsed, architecture))
-    readings = sorted((r for r in readings if r.resolved > 0), key=lambda r: -(r.resolved + 0.001 * r.written))
-    return Detection(readings[0], candidates, tie) if readings else None
+            if architecture.open and architecture.voices(reading.layout.id):
+                found += _candidates(reading, architecture)
+    found = sorted((c for c in found if c.resolved > 0), key=lambda c: -(c.resolved + 0.001 * c.written))
+    return Detection(found[0], candidates, tie) if found else None
 
 
-def _candidate(bundle: Bundle, layout: Layout, parsed: Parsed, architecture: Architecture) -> Candidate:
+def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate]:
+    """The reading as one architecture; none where its keys contradict each other."""
+    layout, parsed, metadata = reading.layout, reading.parsed, reading.bundle.metadata
+    if parsed is None:
+        return []
     written = architecture.writes.get(layout.id, {})
     total = len(parsed.groups) + len(parsed.unknown)
     resolved = plain = sized = fitting = 0
     widths: dict[int, Counter[int]] = defaultdict(Counter)
-    for stem, group in parsed.groups.items():
-        spoken = layout.resolve(stem, architecture, bundle.metadata)
+    for stem in parsed.groups:
+        spoken = layout.resolve(stem, architecture, metadata)
         if not spoken:
             continue
         resolved += 1
         plain += any(written.get(said.component) == said.voice for said in spoken)
-        shape = _shape(bundle, group.by_family)
-        if shape is None or architecture.open:
+        shape = None if architecture.open else reading.shapes[stem]
+        if shape is None:
             continue
         sized += 1
         best = next((said for said in spoken if said.targets and fits(said.targets, shape)), None)
@@ -118,7 +145,7 @@ def _candidate(bundle: Bundle, layout: Layout, parsed: Parsed, architecture: Arc
         _note_widths(best or spoken[0], shape, widths)
     agreeing = sum(counter.most_common(1)[0][1] for counter in widths.values())
     noted = sum(sum(counter.values()) for counter in widths.values())
-    return Candidate(
+    found = Candidate(
         layout,
         architecture,
         parsed,
@@ -127,6 +154,7 @@ def _candidate(bundle: Bundle, layout: Layout, parsed: Parsed, architecture: Arc
         agreeing / noted if noted else 0.0,
         plain / resolved if resolved else 0.0,
     )
+    return [found]
 
 
 def _shape(bundle: Bundle, by_family: Mapping[str, Mapping[str, str]]) -> tuple[int, ...] | None:

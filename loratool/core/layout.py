@@ -98,7 +98,9 @@ class Layout:
                 unknown.append(key)
                 continue
             stem, family, role = parts
-            group = groups.setdefault(stem, Group())
+            group = groups.get(stem)
+            if group is None:
+                group = groups[stem] = Group()
             roles = group.shared if family == ANY else group.by_family.setdefault(family, {})
             if role in roles:
                 raise FormatError(f"says the same as {roles[role]!r}: one module is spelled twice", key=key)
@@ -109,13 +111,14 @@ class Layout:
         """Everything a stem may name in an architecture, best first. `metadata` is the file's header's."""
         return architecture.resolver(self.id, self.separator)(stem)
 
-    def read(self, bundle: Bundle, architecture: Architecture) -> Adapter:
+    def read(self, bundle: Bundle, architecture: Architecture, parsed: Parsed | None = None) -> Adapter:
         """The adapter in a bundle, for one architecture. Nothing but alpha scalars is read.
 
+        `parsed` are the bundle's keys, where they have been parsed before.
         Keys that name no module travel as extras. Raises FormatError for a module with a missing half, with
         factors that do not fit each other, or for two modules on one target.
         """
-        parsed = self.parse(list(bundle.tensors))
+        parsed = parsed or self.parse(list(bundle.tensors))
         modules: list[Module] = []
         extras = dict.fromkeys(parsed.unknown)
         unread: dict[str, int] = {}
@@ -187,17 +190,18 @@ class Layout:
         """A DoRA magnitude as `(out, 1, ...)` or `(1, in, ...)`; FormatError if it fits neither side of `shape`.
 
         Without `per_column` its shape tells which it is, except for PEFT's, which has one value per output whatever
-        its shape.
+        its shape. Where `shape` hides a kernel (LoKr's `in * kh * kw`) the magnitude has all dimensions of the weight.
         """
         out, columns = shape[0], shape[1]
-        ones = (1,) * (len(shape) - 1)
-        if per_column and stored.numel == columns:
+        vector = VECTOR in key
+        hidden = not vector and len(stored.shape) > len(shape)
+        ones = (1,) * ((len(stored.shape) if hidden else len(shape)) - 1)
+        if hidden and columns % stored.shape[1] == 0 and stored.shape[0] == 1:
+            columns = stored.shape[1]
+        if stored.numel == columns and (per_column or (not vector and stored.shape[:2] == (1, columns))):
             return stored.reshape((1, columns, *ones[1:]))
-        per_row = len(stored.shape) == 1 or stored.shape[0] == out or VECTOR in key
-        if stored.numel == out and per_row and not per_column:
+        if stored.numel == out and not per_column and (vector or stored.shape[0] == out):
             return stored.reshape((out, *ones))
-        if stored.numel == columns and len(stored.shape) > 1 and stored.shape[0] == 1 and VECTOR not in key:
-            return stored.reshape((1, columns, *ones[1:]))
         raise FormatError(
             f"DoRA magnitude has shape {list(stored.shape)}, expected one value per row ({out}) or column ({columns})",
             key=key,

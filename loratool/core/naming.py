@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -39,6 +39,7 @@ class Naming(Mapping[str, tuple[Target, ...]]):
         self._table = dict(table)
         self._tensor_keys = dict(tensor_keys or {})
         self._transposed = transposed
+        self._spellings: dict[str, dict[str, list[str]]] = {}
         self._names = {targets: name for name, targets in self._table.items()}
         if len(self._names) != len(self._table):
             raise ValueError("a tuple of targets has two names")
@@ -55,6 +56,17 @@ class Naming(Mapping[str, tuple[Target, ...]]):
     def name_of(self, targets: tuple[Target, ...]) -> str | None:
         """The name of exactly these targets in this order, or None."""
         return self._names.get(targets)
+
+    def spelled(self, text: str, separator: str) -> Sequence[str]:
+        """The names that read `text` when their dots are written as `separator`."""
+        if separator == ".":
+            return (text,) if text in self._table else ()
+        if separator not in self._spellings:
+            index: dict[str, list[str]] = {}
+            for name in self._table:
+                index.setdefault(name.replace(".", separator), []).append(name)
+            self._spellings[separator] = index
+        return self._spellings[separator].get(text, ())
 
     @cached_property
     def _homes(self) -> dict[Target, Home]:

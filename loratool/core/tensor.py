@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -239,7 +238,7 @@ class LazyTensor:
         """The value of a one-element tensor, without torch. Raises FormatError for other sizes and dtypes."""
         if self.numel != 1:
             raise FormatError(f"expected one number, found shape {list(self.shape)}")
-        return decoded(bytes(self.source.read()), self.dtype)
+        return decoded(b"".join(self.source.chunks()), self.dtype)
 
     def reshape(self, shape: Sequence[int]) -> LazyTensor:
         """The same bytes under another shape. Raises ValueError when the number of elements differs."""
@@ -465,6 +464,8 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     nbytes = tensor.numel() * tensor.element_size()
     if nbytes == 0:
         return memoryview(b"")
+    import ctypes
+
     array = (ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())
     array.owner = tensor  # type: ignore[attr-defined]  # the array does not own the memory: tie its life to the tensor's
     return memoryview(array).cast("B")

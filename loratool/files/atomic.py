@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +67,8 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 def _create(target: Path) -> Path:
+    import secrets
+
     stem = os.fsencode(target.name)[:_LONGEST_STEM].decode("utf-8", "ignore")
     temporary = target.with_name(f".{stem}.loratool-{secrets.token_hex(4)}.tmp")
     try:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from loratool.files.safetensors import read_header, write_safetensors
 CONFIG = "adapter_config.json"
 MODEL = "adapter_model.safetensors"
 PICKLES = (".pt", ".bin", ".ckpt", ".pth")
+_COMPONENT = re.compile(r"model|unet|transformer(_\d)?|prior|text_encoder(_\d)?")
+
 MAX_SIDE_FILE = 16 << 20
 """A side file is a small JSON: more than 16 MiB of it is refused."""
 
@@ -47,7 +49,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
 def _read_folder(place: Path) -> Bundle:
     if (place / CONFIG).is_file() or (place / MODEL).is_file():
         return _merged(place, {"": place})
-    parts = {f"{sub.name}/": sub for sub in sorted(place.iterdir()) if sub.is_dir() and (sub / CONFIG).is_file()}
+    parts = {f"{sub.name}/": sub for sub in sorted(place.iterdir()) if is_component_folder(sub)}
     if parts:
         return _merged(place, parts)
     files = sorted(file for file in place.iterdir() if file.suffix == ".safetensors")
@@ -60,6 +62,24 @@ def _read_folder(place: Path) -> Bundle:
     if pickled:
         raise FormatError(f"holds only pickles ({pickled[0]})", hint="reading .bin and .pt files is not supported yet")
     raise FormatError(f"is a folder without {CONFIG} or a safetensors file", hint="name a LoRA file or a PEFT folder")
+
+
+def is_component_folder(place: Path) -> bool:
+    """Whether a folder is one component's part of an adapter: it has the name of one, and a config in it."""
+    return _COMPONENT.fullmatch(place.name) is not None and (place / CONFIG).is_file()
+
+
+def adapters_in(path: str | os.PathLike[str]) -> list[str]:
+    """The adapters in a folder of downloads, by name: files and PEFT folders; `path` itself if it is one adapter."""
+    place = Path(path)
+    if not place.is_dir() or (place / CONFIG).is_file() or any(map(is_component_folder, place.iterdir())):
+        return [str(path)]
+    found = [
+        entry
+        for entry in sorted(place.iterdir())
+        if entry.suffix == ".safetensors" or (entry.is_dir() and (entry / CONFIG).is_file())
+    ]
+    return [str(entry) for entry in found] or [str(path)]
 
 
 def _merged(place: Path, parts: Mapping[str, Path]) -> Bundle:
@@ -151,6 +171,8 @@ def _write_folder(
     """Writes a folder with one `adapter_model.safetensors` (and config) for each sub-folder that the keys name."""
     if place.exists() and any(place.iterdir()) and not overwrite:
         raise LoratoolError("exists already", file=str(place), hint="use --overwrite to replace it")
+    import tempfile
+
     temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.loratool-", suffix=".tmp", dir=place.parent))
     try:
         temporary.chmod(0o777 & ~_umask())

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import queue
+import re
 import stat
 import sys
 import threading
@@ -210,7 +209,7 @@ def _utf8(raw: bytes) -> str:
 
 def _parsed(text: str) -> dict[str, Any]:
     # Python reads "-0" as the integer 0, safetensors as a fraction. The hook is slow: used only where it may matter.
-    decoder = _WITH_MINUS_ZERO if "-0" in text else _DECODER
+    decoder = _WITH_MINUS_ZERO if "-0" in text and _MINUS_ZERO.search(text) else _DECODER
     try:
         header = decoder.decode(text)
         if "\\u" in text:
@@ -244,6 +243,7 @@ def _integer(literal: str) -> int | float:
     return -0.0 if literal == "-0" else int(literal)
 
 
+_MINUS_ZERO = re.compile(r"[:,\[]\s*-0")
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 _WITH_MINUS_ZERO = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_int=_integer)
 
@@ -538,6 +538,10 @@ class _Hashes:
     """
 
     def __init__(self, header: bytes) -> None:
+        # Here, not above: most of what opens a file never hashes one.
+        import hashlib
+        import queue
+
         self._model = hashlib.sha256()
         self._legacy = hashlib.sha256(header[_LEGACY_START:_LEGACY_STOP])
         self._position = len(header)

@@ -185,8 +185,3 @@ def peft_magnitude(module: Module) -> LazyTensor:
 
 def _is_embedding(module: Module) -> bool:
     return "embedding_A" in module.factors
-
-
-def canonical_peft_magnitude(stored: LazyTensor, shape: tuple[int, ...]) -> LazyTensor | None:
-    """PEFT's magnitude, `(out,)` or `(1, out, 1, 1)`, as `(out, 1, ...)`; None where it has not one value per row."""
-    return stored.reshape((shape[0], *(1,) * (len(shape) - 1))) if stored.numel == shape[0] else None

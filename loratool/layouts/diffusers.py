@@ -22,7 +22,6 @@ from loratool.core.tensor import LazyTensor
 from loratool.layouts._peft_config import (
     alphas,
     canonical_paths,
-    canonical_peft_magnitude,
     config_of,
     path_of,
     peft_magnitude,
@@ -66,11 +65,6 @@ class Diffusers(Layout):
     def obstacle(self, module: Module) -> str | None:
         """diffusers' magnitude is PEFT's: per output feature."""
         return peft_obstacle(module, self.id) or super().obstacle(module)
-
-    def canonical_magnitude(self, stored: LazyTensor, shape: tuple[int, ...], key: str) -> LazyTensor:
-        """PEFT's is one value per output row, whatever its shape; kohya's `dora_scale` may be per column."""
-        found = None if key.endswith(".dora_scale") else canonical_peft_magnitude(stored, shape)
-        return super().canonical_magnitude(stored, shape, key) if found is None else found
 
     def stored_magnitude(self, module: Module) -> LazyTensor:
         """As PEFT."""
@@ -138,7 +132,8 @@ LAYOUT = Diffusers(
         ("lora", "embedding_A"): ".lora_embedding_A",
         ("lora", "embedding_B"): ".lora_embedding_B",
         (ANY, ALPHA): ".alpha",
-        (ANY, MAGNITUDE): ".lora_magnitude_vector",
+        # With `.weight`: PEFT takes both, but transformers (5.23), which loads the encoders, only this.
+        (ANY, MAGNITUDE): ".lora_magnitude_vector.weight",
     },
     aliases={
         ".lora.down.weight": ("lora", "down"),
@@ -148,7 +143,7 @@ LAYOUT = Diffusers(
         ".lora_down.weight": ("lora", "down"),
         ".lora_up.weight": ("lora", "up"),
         ".dora_scale": (ANY, MAGNITUDE),
-        ".lora_magnitude_vector.weight": (ANY, MAGNITUDE),
+        ".lora_magnitude_vector": (ANY, MAGNITUDE),
     },
     header_entries=(METADATA,),
 )

@@ -20,7 +20,6 @@ from loratool.core.tensor import LazyTensor
 from loratool.layouts._peft_config import (
     alphas,
     canonical_paths,
-    canonical_peft_magnitude,
     config_of,
     path_of,
     peft_magnitude,
@@ -69,11 +68,6 @@ class Peft(Layout):
     def obstacle(self, module: Module) -> str | None:
         """PEFT's magnitude is per output feature."""
         return peft_obstacle(module, self.id) or super().obstacle(module)
-
-    def canonical_magnitude(self, stored: LazyTensor, shape: tuple[int, ...], key: str) -> LazyTensor:
-        """One value per output row, whatever its shape: a convolution's is `(1, out, 1, 1)`."""
-        found = canonical_peft_magnitude(stored, shape)
-        return super().canonical_magnitude(stored, shape, key) if found is None else found
 
     def stored_magnitude(self, module: Module) -> LazyTensor:
         """`(out,)`, for a convolution `(1, out, 1, 1)`."""

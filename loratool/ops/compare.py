@@ -94,7 +94,8 @@ def difference(a: _Stretch, b: _Stretch) -> Difference:
         x, y = _vector(a, role), _vector(b, role)
         if x is None and y is None:
             continue
-        if x is None or y is None or x.shape != y.shape:
+        same_side = a.module.magnitude_per_row == b.module.magnitude_per_row
+        if x is None or y is None or x.shape != y.shape or not same_side:
             return Difference(title, float("inf"))
         error = max(error, _ratio(float((x - y).norm()), float(x.norm())))
     return Difference(title, error)
@@ -107,7 +108,7 @@ def _vector(stretch: _Stretch, role: str) -> Tensor | None:
         return None
     values = tensor.load().double()
     if role == "magnitude":
-        return values[stretch.start : stretch.stop] if stretch.module.magnitude_per_row else values
+        return values.flatten()[stretch.start : stretch.stop] if stretch.module.magnitude_per_row else values.flatten()
     return values[stretch.start : stretch.stop] * stretch.module.scale
 
 

@@ -69,7 +69,7 @@ def convert(adapter: Adapter, to: str, *, dtype: str | None = None, drop_extras:
     note = {"op": "convert", "from": source.id, "to": layout.id, "version": __version__}
     header["loratool.history"] = _appended(adapter.metadata.get("loratool.history"), note)
     ticket = replace(
-        origin.ticket_for(adapter, source),
+        origin.ticket_for(replace(adapter, modules=tuple(_shaped(module) for module in adapter.modules)), source),
         fingerprint=origin.fingerprint(spoken.modules),
         extras={key: origin.packed(tensor) for key, tensor in place.in_header.items()},
         blocks=regrouped.blocks,
@@ -129,7 +129,8 @@ def _return(adapter: Adapter, layout: Layout) -> Converted | None:
         regrouped = _regroup(adapter, layout, ticket)
         spoken = replace(adapter, modules=regrouped.modules, metadata={**adapter.metadata})
         written = layout.write(spoken, ticket.spoken())
-        bundle = origin.restored(Bundle(written.tensors, {**adapter.metadata, **written.metadata}), ticket)
+        # The ticket says how this header differs from the original's: what is written today has no part in it.
+        bundle = origin.restored(Bundle(written.tensors, adapter.metadata), ticket)
         bundle = replace(bundle, tensors={**bundle.tensors, **adapter.extras})
         again = layout.read(bundle, adapter.architecture)
     except (LoratoolError, KeyError, ValueError, TypeError):

@@ -69,7 +69,7 @@ def understand(bundle: Bundle, architecture: Architecture | None = None, layout:
         raise UnknownModel(
             f"no key is a name of {architecture.title}", hint="leave --architecture out to have it detected"
         )
-    adapter = best.layout.read(bundle, best.architecture)
+    adapter = best.layout.read(bundle, best.architecture, best.parsed)
     if not adapter.modules and not adapter.unread_families:
         raise FormatError("holds no module that can be read", hint="its keys are like a LoRA's, but none is complete")
     if found.tie:

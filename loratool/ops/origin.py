@@ -7,7 +7,6 @@ writes today, alpha's dtype, header entries and side files that changed, and sma
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import zlib
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 from loratool.core.adapter import Adapter, Bundle
 from loratool.core.architecture import Voice
 from loratool.core.errors import LoratoolError
-from loratool.core.layout import Layout
+from loratool.core.layout import ALPHA, Layout
 from loratool.core.module import Module
 from loratool.core.tensor import Held, LazyTensor
 
@@ -46,7 +45,7 @@ class Ticket:
     keys: Mapping[str, Any] = field(default_factory=dict)
     added: Mapping[str, Any] = field(default_factory=dict)
     extras: Mapping[str, Any] = field(default_factory=dict)
-    blocks: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    blocks: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
     metadata: Mapping[str, str | None] = field(default_factory=dict)
     order: Sequence[str] = ()
     side_files: Mapping[str, str] = field(default_factory=dict)
@@ -80,6 +79,8 @@ def fingerprint(modules: Sequence[Module]) -> str:
         )
         for m in modules
     )
+    import hashlib
+
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
 
@@ -100,13 +101,25 @@ def ticket_for(adapter: Adapter, layout: Layout) -> Ticket:
                     keys[key] = None
                     continue
                 original = stored_tensor(adapter, module, role)
-                if (stored, original.shape, original.dtype) != (key, tensor.shape, tensor.dtype):
+                if role == ALPHA and not _implied(module, original):
+                    keys[key] = None
+                    added[stored] = packed(original)
+                elif (stored, original.shape, original.dtype) != (key, tensor.shape, tensor.dtype):
                     keys[key] = [stored, list(original.shape), original.dtype]
             for role in module.keys.keys() - spelled.keys():
                 added[module.keys[role]] = packed(stored_tensor(adapter, module, role))
     except (LoratoolError, KeyError):
         return ticket  # the original is no spelling that its layout writes: the way back gives today's spelling
     return replace(ticket, keys=keys, added=added)
+
+
+def _implied(module: Module, alpha: LazyTensor) -> bool:
+    """Whether a stored alpha follows from the module's scale, which is all that other spellings keep of it."""
+    try:
+        again = LazyTensor.scalar(module.family.alpha(module.shapes, module.scale), alpha.dtype)
+    except LoratoolError:  # no whole number, in an integer dtype
+        return False
+    return again.item() == alpha.item()
 
 
 def stored_tensor(adapter: Adapter, module: Module, role: str) -> LazyTensor:
@@ -149,8 +162,9 @@ def restored(bundle: Bundle, ticket: Ticket) -> Bundle:
 
 def changes(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:
     """What to set (or, None, to remove) in `after` to get `before`."""
+    hashed = MADE_WHEN_WRITTEN if any(key in after for key in MADE_WHEN_WRITTEN) else ()
     return {
         key: before.get(key)
-        for key in {**before, **after}
-        if before.get(key) != after.get(key) or key in MADE_WHEN_WRITTEN
+        for key in {**before, **after, **dict.fromkeys(hashed)}
+        if before.get(key) != after.get(key) or key in hashed
     }

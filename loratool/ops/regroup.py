@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from itertools import pairwise
 
 from loratool.core.errors import NotExact
@@ -13,8 +15,8 @@ from loratool.core.naming import Naming
 from loratool.core.target import Target
 from loratool.core.tensor import LazyTensor, concatenated
 
-Blocks = Mapping[str, Sequence[int]]
-"""Of a stacked module, by its name: how many rank components came from each target (0: the target had none)."""
+Blocks = Mapping[str, Sequence[Sequence[float]]]
+"""Of a stacked module, by its targets: (rank components, scale) of what came from each of them (rank 0: nothing)."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Regrouped:
     """Modules of another naming; `blocks` says how stacked ones were put together, `vanished` which parts were zero."""
 
     modules: tuple[Module, ...]
-    blocks: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    blocks: dict[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
     vanished: tuple[str, ...] = ()
 
 
@@ -34,6 +36,8 @@ class _Piece:
     index: int
     start: int
     stop: int
+    live: Callable[[], list[frozenset[int]] | None]
+    """`_live_sets` of the source: the same function for all of its pieces, which reads the factors once."""
 
 
 def regroup(modules: Sequence[Module], namings: Mapping[str, Naming], blocks: Blocks | None = None) -> Regrouped:
@@ -42,7 +46,7 @@ def regroup(modules: Sequence[Module], namings: Mapping[str, Naming], blocks: Bl
     A module that already is keeps being the very same object. Splitting takes rows of up and shares down; rank
     components that reach none of a part's rows, but others of the module, are dropped. Fusing puts equal downs
     together and makes different ones block-diagonal, which a later split undoes; `blocks` of an earlier regroup
-    lets it be undone exactly even where factors are zero. Scales and dtypes are kept.
+    lets it be undone exactly even where factors are zero, or had other scales. Updates and dtypes are kept.
     Raises NotExact where a family's structure cannot be cut or stacked there.
     """
     kept: list[Module | None] = []
@@ -54,8 +58,9 @@ def regroup(modules: Sequence[Module], namings: Mapping[str, Naming], blocks: Bl
             continue
         kept.append(None)
         start = 0
+        live = cache(partial(_live_sets, module))
         for index, (target, height) in enumerate(zip(module.targets, module.heights(), strict=True)):
-            pieces[target] = _Piece(module, index, start, start + height)
+            pieces[target] = _Piece(module, index, start, start + height, live)
             start += height
     if not pieces:
         return Regrouped(tuple(modules))
@@ -91,12 +96,14 @@ def _assemble(
                 vanished.append(f"{module.component}.{name}")
                 continue
             if len(targets) > 1:
-                record["+".join(t.path for t in targets)] = _ranks(present)
+                record["+".join(t.path for t in targets)] = _blocks(present)
             result.append(whole)
     return Regrouped(tuple(result), record, tuple(vanished))
 
 
-def _join(targets: tuple[Target, ...], pieces: Sequence[_Piece | None], ranks: Sequence[int] | None) -> Module | None:
+def _join(
+    targets: tuple[Target, ...], pieces: Sequence[_Piece | None], blocks: Sequence[Sequence[float]] | None
+) -> Module | None:
     """One module over `targets` from the pieces there are; None if nothing reaches its rows."""
     found = [piece for piece in pieces if piece is not None]
     first = found[0].source
@@ -107,7 +114,19 @@ def _join(targets: tuple[Target, ...], pieces: Sequence[_Piece | None], ranks: S
         part = _stack(targets, pieces)
     if whole_source:
         return part
-    return _without_dead(part, found, ranks)
+    if blocks is None or len(blocks) != len(first.targets):
+        return _without_dead(part, found, None)
+    alive = _without_dead(part, found, [int(rank) for rank, _ in blocks])
+    return alive if alive is None or len(found) > 1 else _at_scale(alive, blocks[found[0].index][1])
+
+
+def _at_scale(module: Module, scale: float) -> Module:
+    """The module with this scale and the same update: its factors take up the difference."""
+    if not scale or module.scale == scale:
+        return module
+    gain = module.scale / scale
+    factors = module.family.stacked([Part(module.shape[0], module.factors, gain)])
+    return replace(module, factors=factors, alpha=module.family.alpha(module.shapes, scale))
 
 
 def _in_order(pieces: Sequence[_Piece]) -> bool:
@@ -125,7 +144,7 @@ def _without_dead(part: Module, pieces: Sequence[_Piece], ranks: Sequence[int] |
         for piece in pieces:
             keep += range(starts[piece.index], starts[piece.index] + ranks[piece.index])
     else:
-        live = _live_sets(source)
+        live = pieces[0].live()
         if live is None:
             return part
         keep = sorted({i for piece in pieces for i in live[piece.index]})
@@ -193,9 +212,15 @@ def _stack(targets: tuple[Target, ...], pieces: Sequence[_Piece | None]) -> Modu
 
 
 def _stack_scale(present: Sequence[Module]) -> float:
-    """The scale of the stack: the commonest of its parts, so that most of them are not touched."""
+    """The scale of the stack: of its parts' scales the one that rounds fewest of them, then the commonest."""
     scales = [module.scale for module in present if module.scale != 0] or [present[0].scale]
-    return max(scales, key=lambda scale: (scales.count(scale), scale))
+
+    def exact(scale: float) -> int:
+        # Growing by a power of two rounds nothing; shrinking by one may, next to zero.
+        gains = [other / scale for other in scales]
+        return sum(gain >= 1 and math.frexp(gain)[0] == 0.5 for gain in gains)
+
+    return max(scales, key=lambda scale: (exact(scale), scales.count(scale), -scale))
 
 
 def _stack_magnitudes(modules: Sequence[Module | None], names: str) -> LazyTensor | None:
@@ -209,5 +234,5 @@ def _stack_magnitudes(modules: Sequence[Module | None], names: str) -> LazyTenso
     return concatenated([magnitude for magnitude in magnitudes if magnitude is not None])
 
 
-def _ranks(pieces: Sequence[_Piece | None]) -> tuple[int, ...]:
-    return tuple(0 if piece is None else piece.source.rank for piece in pieces)
+def _blocks(pieces: Sequence[_Piece | None]) -> tuple[tuple[int, float], ...]:
+    return tuple((0, 0.0) if piece is None else (piece.source.rank, piece.source.scale) for piece in pieces)

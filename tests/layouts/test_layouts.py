@@ -199,7 +199,7 @@ def one_module(layout: str, architecture: str, stem: str, paths: list[str], suff
         for component in table.components
         for targets in next(iter(table.namings(component).values())).values()
         for target in targets
-        if component != "text_encoder" or "te2" not in stem and "clip_g" not in stem and "encoder_2" not in stem
+        if component != "text_encoder" or not any(second in stem for second in ("te2", "clip_g", "encoder_2"))
     }
     rows = sum(shapes[path][0] for path in paths)
     kernel = shapes[paths[0]][2:]
@@ -485,8 +485,17 @@ def test_peft_without_config_says_that_alpha_is_unknown() -> None:
     assert any("alpha is unknown" in note for note in understand(bundle).adapter.notes)
 
 
-@pytest.mark.parametrize("config", ["{", "[]", '{"peft_type": "LOHA"}', '{"lora_alpha": "much"}', '{"alpha_pattern": 3}',
-                                    '{"alpha_pattern": {"(": 1}, "lora_alpha": 1}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        "{",
+        "[]",
+        '{"peft_type": "LOHA"}',
+        '{"lora_alpha": "much"}',
+        '{"alpha_pattern": 3}',
+        '{"alpha_pattern": {"(": 1}, "lora_alpha": 1}',
+    ],
+)
 def test_peft_configs_that_make_no_sense(config: str) -> None:
     shapes = {"base_model.model.a.q.lora_A.weight": (2, 8), "base_model.model.a.q.lora_B.weight": (8, 2)}
     with pytest.raises(FormatError):
@@ -526,7 +535,9 @@ def test_diffusers_metadata_rules_unless_alpha_stands_beside() -> None:
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"unet.lora_alpha": []}'])
 def test_diffusers_metadata_that_makes_no_sense(text: str) -> None:
-    bundle = build([Part(weight("sd15", "diffusers", SD15_Q))], "diffusers", Style(metadata={"lora_adapter_metadata": text}))
+    bundle = build(
+        [Part(weight("sd15", "diffusers", SD15_Q))], "diffusers", Style(metadata={"lora_adapter_metadata": text})
+    )
     with pytest.raises(FormatError):
         read(bundle, "diffusers", "sd15")
 
@@ -593,4 +604,6 @@ def test_comfyui_spells_a_tucker_core_with_the_pair_it_expects() -> None:
         }
     )
     keys = convert(read(bundle, "kohya", "sd15"), "comfyui").bundle.tensors.keys()
-    assert keys == {f"diffusion_model.input_blocks.1.0.in_layers.2.lora_{part}.weight" for part in ("up", "down", "mid")}
+    assert keys == {
+        f"diffusion_model.input_blocks.1.0.in_layers.2.lora_{part}.weight" for part in ("up", "down", "mid")
+    }

@@ -35,7 +35,8 @@ from tests.oracles.models import (
 
 ATTENTION = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.to_add_out"]
 EVERYTHING = {
-    "target_modules": r".*(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|proj_mlp|proj_out|proj|linear(_[12])?|net\.2|embedder)"
+    "target_modules": r".*(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|proj_mlp|proj_out|linear|linear_[12])"
+    r"|.*net\.(0\.proj|2)|x_embedder|context_embedder"
 }
 PATTERNS = {"rank_pattern": {"attn.to_k": 2, "add_q_proj": 7}, "alpha_pattern": {"to_q": 1, "to_out.0": 9}}
 ENCODER = {"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"], "r": 3, "lora_alpha": 6}
@@ -46,9 +47,12 @@ TRAININGS: dict[str, tuple[Configs, bool]] = {
     "alpha-forgotten": ({"transformer": {"target_modules": ATTENTION, "r": 4, "lora_alpha": 8}}, False),
     "alpha": ({"transformer": {"target_modules": ATTENTION, "r": 4, "lora_alpha": 8}, "text_encoder": ENCODER}, True),
     "patterns": ({"transformer": {"target_modules": ATTENTION, "r": 4, "lora_alpha": 3, **PATTERNS}}, True),
+    "powers-of-two": ({"transformer": {"target_modules": ATTENTION, "r": 4, "lora_alpha": 4, **PATTERNS}}, True),
     "everything": ({"transformer": {**EVERYTHING, "r": 4, "lora_alpha": 4}}, True),
     "rslora": ({"transformer": {**EVERYTHING, "r": 4, "lora_alpha": 4, "use_rslora": True, **PATTERNS}}, True),
 }
+# Scales of q, k, v that are no power of two apart: one fused module has one alpha, and the factors take up the rest.
+ROUNDED = {"patterns": 3e-7, "rslora": 3e-7}
 each_training = pytest.mark.parametrize("name", list(TRAININGS))
 
 
@@ -80,7 +84,7 @@ def test_a_file_of_diffusers_goes_there_and_back(name: str, to: str, tmp_path: P
     convert_file(source, to, there)
     assert_same(dense(open_adapter(there)), dense(open_adapter(source)))
     convert_file(there, "diffusers", back)
-    same_file(source, back)
+    same_file(source, back, ROUNDED.get(name, 0.0) if to != "peft" else 0.0)
 
 
 @each_training
@@ -141,7 +145,7 @@ def test_a_file_of_diffusers_0_36(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_diffusers_applies_dora(fused: bool, tmp_path: Path) -> None:
     """Row-wise magnitudes are cut with their rows (trap 21)."""
-    parts = ("_qkv", "_linear1") if fused else ("_mlp_", "_mod_lin", "final_layer_linear")
+    parts = ("_qkv", "_linear1") if fused else ("img_mlp_", "_mod_lin", "final_layer_linear")
     source, out = tmp_path / "kohya.safetensors", tmp_path / "out.safetensors"
     kohya_file(source, "flux", only=only(*parts), ranks=(2, 4), alphas=(1.0, 3.0), dora=True)
     convert_file(source, "diffusers", out)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 and XL against diffusers itself: what it writes is read, and what is written for it is applied."""
+"""Stable Diffusion 1.5 and XL against diffusers itself: its files are read, and what is written for it is applied."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_file_of_diffusers_by_way_of_kohya_in_todays_spelling(
     assert_diffusers_applies(out, open_adapter(written(name)), TRAININGS[name].architecture)
 
 
-def attention_free(stem: str) -> bool:
+def unet_only(stem: str) -> bool:
     return not stem.startswith("lora_te")
 
 
@@ -158,9 +158,9 @@ KOHYA = {
     "sd15-one-rank": ("sd15", {"share": 0.3, "alphas": (4.0,), "seed": 2}),
     "sd15-ranks-only": ("sd15", {"share": 0.3, "ranks": (4,), "alphas": (16.0,), "seed": 3}),
     "sd15-one-module": ("sd15", {"only": lambda stem: stem == "lora_unet_conv_in"}),
-    "sdxl-everything": ("sdxl", {"ranks": (2, 4), "alphas": (1.0, 3.0)}),
-    "sdxl-some": ("sdxl", {"share": 0.1, "ranks": (4,), "alphas": (4.0,), "seed": 4}),
-    "sdxl-unet": ("sdxl", {"share": 0.2, "only": attention_free, "seed": 5}),
+    "sdxl-everything": ("sdxl", {"ranks": (4,), "alphas": (3.0,)}),
+    "sdxl-some": ("sdxl", {"share": 0.1, "ranks": (2, 4), "alphas": (1.0, 3.0), "seed": 4}),
+    "sdxl-unet": ("sdxl", {"share": 0.1, "alphas": (4.0,), "only": unet_only, "seed": 5}),
 }
 
 
@@ -168,7 +168,7 @@ KOHYA = {
 def test_diffusers_applies_what_is_made_of_kohya(case: str, tmp_path: Path) -> None:
     architecture, options = KOHYA[case]
     source = kohya_file(tmp_path / "kohya.safetensors", architecture, **options)
-    convert_file(source, "diffusers", tmp_path / "out.safetensors")
+    convert_file(source, "diffusers", tmp_path / "out.safetensors", architecture=architecture)
     adapter = open_adapter(source, architecture=architecture)
     assert not adapter.extras
     assert_diffusers_applies(tmp_path / "out.safetensors", adapter, architecture)
@@ -183,7 +183,7 @@ def test_diffusers_applies_what_is_made_of_files_of_sd_scripts(name: str, archit
     assert_diffusers_applies(out, open_adapter(source), architecture)
 
 
-def test_diffusers_reads_the_kohya_names_that_are_written_for_sdxl(tmp_path: Path) -> None:
+def test_diffusers_reads_the_kohya_names_written_for_sdxl(tmp_path: Path) -> None:
     """Trap 9: SGM's block names, which diffusers maps back by a table of its own."""
     pipe = pipeline("sdxl")
     configs = {"unet": {"target_modules": ["to_q", "ff.net.2", "proj_in"], "r": 4, "lora_alpha": 4}}
@@ -230,14 +230,12 @@ def test_the_trained_file_loads_in_a_unet_of_full_width(tmp_path: Path) -> None:
     assert said == []
     expected = dense(adapter)
     assert wrapped(pipe) == expected.keys()
-    for component in ("unet", "text_encoder"):
-        layers = dict(getattr(pipe, component).named_modules())
-        for (owner, path), delta in expected.items():
-            if owner == component:
-                pair = layers[path]
-                up, down = pair.lora_B["default_0"].weight, pair.lora_A["default_0"].weight
-                found = (up.double() @ down.double() * pair.scaling["default_0"]).detach()
-                assert (found - delta).norm() <= 1e-6 * delta.norm()
+    layers = dict(pipe.text_encoder.named_modules())
+    for (component, path), delta in expected.items():
+        if component == "text_encoder":  # what lies on the meta device has no values
+            pair = layers[path]
+            up, down = pair.lora_B["default_0"].weight.detach(), pair.lora_A["default_0"].weight.detach()
+            assert (up @ down * pair.scaling["default_0"] - delta).norm() <= 1e-6 * delta.norm()
 
 
 # -- DoRA ----------------------------------------------------------------------------------------------------------
@@ -267,7 +265,7 @@ def test_diffusers_applies_the_dora_of_kohya(architecture: str, tmp_path: Path) 
     convert_file(source, "diffusers", out)
     tensors = load_file(out)
     assert not any("dora_scale" in key for key in tensors)
-    shapes = {tensor.dim() for key, tensor in tensors.items() if key.endswith(".lora_magnitude_vector")}
+    shapes = {tensor.dim() for key, tensor in tensors.items() if ".lora_magnitude_vector" in key}
     assert shapes == {1, 4}
     pipe = pipeline(architecture, zero=False)
     before = parameters(pipe)
@@ -302,7 +300,7 @@ def test_trap_21_columns_magnitudes_are_refused(tmp_path: Path) -> None:
     for key in [key for key in tensors if key.endswith(".dora_scale")]:
         tensors[key] = torch.ones(1, tensors[key.replace("dora_scale", "lora_down.weight")].shape[1])
     save_file(tensors, source)
-    with pytest.raises(NotRepresentable, match="per input column"):
+    with pytest.raises(NotRepresentable, match="DoRA magnitude per input"):
         convert_file(source, "diffusers", tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
 

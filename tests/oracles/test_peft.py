@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,7 @@ from loratool.ops.convert import convert
 from loratool.ops.open import open_adapter
 from loratool.ops.save import save
 from tests.contracts import assert_same
-
-DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+from tests.oracles.models import SHARED_DATA, clip_l, sd15_unet
 
 
 def llama() -> nn.Module:
@@ -308,7 +308,9 @@ def merged_changes(base: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
     return {name: change for name, change in changes.items() if bool((change != 0).any())}
 
 
-def assert_merges_to(adapter: Adapter, changes: Mapping[str, torch.Tensor], prefix: str = "", flip: bool = False) -> None:
+def assert_merges_to(
+    adapter: Adapter, changes: Mapping[str, torch.Tensor], prefix: str = "", flip: bool = False
+) -> None:
     """Every weight changed by exactly our delta (and bias), and no other changed."""
     expected: dict[str, torch.Tensor] = {}
     for module in adapter.modules:
@@ -335,7 +337,7 @@ def mixed_file(model: nn.Module, path: Path, prefix: str, names: list[str]) -> d
         rank, alpha = MIXED[index % len(MIXED)]
         used[name] = (rank, alpha)
         weight = modules[name].weight
-        out, columns, *kernel = weight.shape if not type(modules[name]).__name__ == "Conv1D" else weight.T.shape
+        out, columns, *kernel = weight.shape if type(modules[name]).__name__ != "Conv1D" else weight.T.shape
         tensors[f"{prefix}{name}.lora_A.weight"] = torch.randn(rank, columns, *kernel)
         tensors[f"{prefix}{name}.lora_B.weight"] = torch.randn(out, rank, *[1] * len(kernel))
         tensors[f"{prefix}{name}.alpha"] = torch.tensor(alpha)
@@ -400,3 +402,57 @@ def test_peft_loads_its_own_adapter_after_a_detour(variant: str, tmp_path: Path)
         for name, parameter in layer.named_parameters():
             if "lora_" in name:
                 assert torch.equal(dict(ours.named_parameters())[name], parameter), f"{path}.{name}"
+
+
+def test_peft_to_peft_keeps_what_else_the_config_says(tmp_path: Path) -> None:
+    """The base model, `modules_to_save` and the saved modules themselves: PEFT loads them all again."""
+    original, output = tmp_path / "original", tmp_path / "output"
+    model = trained("modules_to_save")
+    model.peft_config["default"].base_model_name_or_path = "someone/a-model"
+    model.save_pretrained(original)
+    converted(original, "peft", output)
+    before = json.loads((original / "adapter_config.json").read_text())
+    after = json.loads((output / "adapter_config.json").read_text())
+    ours = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+    assert {k: v for k, v in after.items() if k not in ours} == {k: v for k, v in before.items() if k not in ours}
+    torch.manual_seed(0)
+    again = loaded(llama(), output)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+class Encoder(nn.Module):
+    """A CLIP text model under `text_model.`, as transformers before 5.6 had it and CLIPTextModelWithProjection has."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.text_model = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The inner model's."""
+        return self.text_model(*args, **kwargs)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["one rank", "mixed ranks and alphas"])
+@pytest.mark.parametrize("kind", ["lora", "locon"])
+def test_one_folder_for_each_component_of_a_kohya_file(kind: str, mixed: bool, tmp_path: Path) -> None:
+    source = SHARED_DATA / "kohya" / f"sd15_{kind}.safetensors"
+    if not source.exists():
+        pytest.skip("no ../shared/data here")
+    tensors = {key: tensor.float() for key, tensor in load_file(source).items()}
+    if mixed:
+        for index, key in enumerate([key for key in tensors if key.endswith(".alpha")]):
+            rank = MIXED[index % len(MIXED)][0]
+            stem = key.removesuffix(".alpha")
+            tensors[key] = tensors[key] * (1 + index % 3) / 2
+            tensors[f"{stem}.lora_down.weight"] = tensors[f"{stem}.lora_down.weight"][:rank].contiguous()
+            tensors[f"{stem}.lora_up.weight"] = tensors[f"{stem}.lora_up.weight"][:, :rank].contiguous()
+    file = tmp_path / "kohya.safetensors"
+    save_file(tensors, file)
+    folder = converted(file, "peft", tmp_path / "folder")
+    adapter = open_adapter(file)
+    assert {path.name for path in folder.iterdir()} == set(adapter.components) == {"unet", "text_encoder"}
+    for component, base in (("unet", sd15_unet()), ("text_encoder", Encoder(clip_l()))):
+        changes = merged_changes(base, folder / component)
+        assert_merges_to(replace(adapter, modules=adapter.of(component)), changes)
+    assert load_file(converted(folder, "kohya", tmp_path / "back.safetensors")).keys() == tensors.keys()

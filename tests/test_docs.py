@@ -1,0 +1,149 @@
+"""The documents are true of the code: command lines parse, JSON fields and plug-ins are named, links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import typer.main
+
+import loratool
+from loratool.cli.info import info as info_command
+from loratool.cli.main import app
+from loratool.core.registry import architectures, families, layouts
+from loratool.ops.approximate import Approximated
+from loratool.ops.convert_file import convert_file
+from loratool.ops.inspect import inspect
+from loratool.ops.save import Proof
+from loratool.report import convert as convert_report
+from loratool.report import info as info_report
+from tests.builders import build, typical_parts, write_file
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+
+CONSOLE = re.compile(r"^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+ENDS = {"|", "||", "&&", ";", ">", ">>", "2>"}
+"""Where the shell's part of a line begins."""
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def command_lines() -> Iterator[tuple[str, list[str]]]:
+    """(page, arguments) of every `$ loratool ...` in a console block."""
+    for page in PAGES:
+        for block in CONSOLE.findall(page.read_text(encoding="utf-8")):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.startswith("$ loratool"):
+                    words = shlex.split(line[2:], comments=True)[1:]
+                    end = next((at for at, word in enumerate(words) if word in ENDS), len(words))
+                    yield page.name, words[:end]
+
+
+COMMAND_LINES = list(command_lines())
+
+
+def parse(words: list[str]) -> None:
+    """Parses a command line without running it; raises what the command line's parser raises."""
+    group: Any = typer.main.get_command(app)
+    try:
+        context = group.make_context("loratool", list(words))
+        name, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])
+        command.make_context(name, rest, parent=context)
+    except typer.Exit as done:  # --version and --help
+        assert done.exit_code == 0, words
+
+
+@pytest.mark.parametrize(("page", "words"), COMMAND_LINES, ids=[" ".join(words) for _, words in COMMAND_LINES])
+def test_command_lines_parse(page: str, words: list[str]) -> None:
+    parse(words)
+
+
+@pytest.mark.parametrize("words", [["inform", "x"], ["info", "--nope", "x"], ["convert", "x", "--to", "kohya"]])
+def test_other_command_lines_do_not(words: list[str]) -> None:
+    with pytest.raises(Exception, match=r"inform|--nope|output"):
+        parse(words)
+
+
+def sections(page: Path) -> dict[str, list[str]]:
+    """Heading -> the first cells of its tables, below the header."""
+    found: dict[str, list[str]] = {}
+    heading = ""
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            heading = line.lstrip("# ").strip("`")
+            assert heading not in found, f"two sections are called {heading}"
+            found[heading] = []
+        elif match := re.match(r"\| `([^`]+)` \|", line):
+            found[heading].append(match[1])
+    return {name: cells for name, cells in found.items() if cells}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    bundle = build(typical_parts("sd15", "kohya"), "kohya")
+    tagged = replace(bundle, metadata={"ss_tag_frequency": '{"set": {"red scarf": 3}}'})
+    return write_file(tmp_path / "style.safetensors", tagged)
+
+
+def test_json_fields(file: Path, tmp_path: Path) -> None:
+    info = info_report.as_json(inspect(file, keys=True))
+    report = convert_report.as_json(convert_file(file, "diffusers", tmp_path / "out.safetensors"))
+    assert report["proof"].keys() == {field.name for field in fields(Proof)}
+    expected = {
+        "loratool info --json": info,
+        "components": next(iter(info["components"].values())),
+        "tags": info["tags"][0],
+        "module_list": info["module_list"][0],
+        "A file that cannot be read": ("path", "error"),
+        "loratool convert --json": report,
+        "approximated": [field.name for field in fields(Approximated)],
+        "proof": report["proof"],
+    }
+    assert sections(DOCS / "json.md") == {name: list(value) for name, value in expected.items()}
+
+
+def test_json_of_a_file_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit):
+        info_command([str(tmp_path / "none.safetensors")], as_json=True)
+    assert list(json.loads(capsys.readouterr().out)) == sections(DOCS / "json.md")["A file that cannot be read"]
+
+
+@pytest.mark.parametrize(
+    ("page", "ids"),
+    [("formats.md", layouts()), ("architectures.md", architectures()), ("mathematics.md", families())],
+    ids=["layouts", "architectures", "families"],
+)
+def test_every_plugin_is_named(page: str, ids: dict[str, object]) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    assert [name for name in ids if f"`{name}`" not in text] == []
+
+
+def test_the_front_door_is_documented() -> None:
+    named = {cell.partition("(")[0] for cells in sections(DOCS / "library.md").values() for cell in cells}
+    assert set(loratool.__all__) <= named
+
+
+def test_every_option_is_documented() -> None:
+    group: Any = typer.main.get_command(app)
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for command in group.commands.values():
+        for option in command.params:
+            spellings = [*option.opts, *option.secondary_opts]
+            if spellings[0].startswith("-"):
+                assert any(re.search(rf"(?<![\w-]){one}(?![\w-])", text) for one in spellings), spellings
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    links = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in link]
+    assert [link for link in links if not (page.parent / link.partition("#")[0]).exists()] == []
