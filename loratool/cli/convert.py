@@ -48,6 +48,7 @@ def convert(
     The output is read back and every module compared before it gets its name. Converting back gives the original
     file's keys, values and metadata. Exit 1 if something cannot be expressed, or is not the same.
     """
+    from loratool.core.errors import UsageError
     from loratool.core.registry import layouts
     from loratool.files.bundle import check_output
     from loratool.ops.approximate import check_options
@@ -62,6 +63,8 @@ def convert(
         wish = check_options(approximate, rank, energy)
         check_output(output, [file], layout.folder, overwrite)
         model: Architecture | str | None = architecture
+        if base is not None and architecture is not None:
+            raise UsageError("--base and --architecture both say what the model is", hint="name one of them")
         if base is not None:
             from loratool.ops.base import architecture_of
 

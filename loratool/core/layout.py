@@ -232,14 +232,7 @@ class Layout:
         Extras are not written. Raises NotRepresentable with every module that this layout cannot express.
         """
         voices = {**self.voices_for(adapter), **(voices or {})}
-        blocked = {m.title: reason for m in adapter.modules if (reason := self.obstacle(m)) is not None}
-        if blocked:
-            raise NotRepresentable(
-                f"{len(blocked)} of {len(adapter.modules)} modules cannot be written ({_few(list(blocked))}): "
-                f"{'; '.join(sorted(set(blocked.values())))}",
-                modules=tuple(blocked),
-                hint=self.way_out([m for m in adapter.modules if m.title in blocked]),
-            )
+        self.refuse(adapter.modules)
         tensors: dict[str, LazyTensor] = {}
         for module in adapter.modules:
             tensors.update(self.spell(module, adapter.architecture, voices).values())
@@ -247,6 +240,17 @@ class Layout:
         if len(adapter.components) == 1 and self.ambiguous(adapter, voices):
             metadata[COMPONENT] = adapter.components[0]
         return self.finish(adapter, Bundle(tensors, metadata), voices)
+
+    def refuse(self, modules: Sequence[Module]) -> None:
+        """Raises NotRepresentable with every module that this layout cannot express, and the way out, if any."""
+        blocked = {m.title: reason for m in modules if (reason := self.obstacle(m)) is not None}
+        if blocked:
+            raise NotRepresentable(
+                f"{len(blocked)} of {len(modules)} modules cannot be written ({_few(list(blocked))}): "
+                f"{'; '.join(sorted(set(blocked.values())))}",
+                modules=tuple(blocked),
+                hint=self.way_out([m for m in modules if m.title in blocked]),
+            )
 
     def way_out(self, blocked: Sequence[Module]) -> str | None:
         """What a user can do about modules with an obstacle: their approximation as LoRA, if that has none."""

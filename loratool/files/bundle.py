@@ -188,13 +188,25 @@ def _write_folder(
         if not place.exists() or not any(place.iterdir()):
             os.replace(temporary, place)
             return
-        for file in sorted(temporary.rglob("*")):
-            if file.is_file():
-                target = place / file.relative_to(temporary)
-                target.parent.mkdir(exist_ok=True)
-                os.replace(file, target)
+        written = set()
+        for file in sorted(file for file in temporary.rglob("*") if file.is_file()):
+            target = place / file.relative_to(temporary)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(file, target)
+            written.add(target)
+        _remove_stale(place, written)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_stale(place: Path, written: set[Path]) -> None:
+    """Removes what an adapter that was overwritten leaves: its model and config where the new one has none."""
+    for folder in (place, *filter(is_component_folder, place.iterdir())):
+        for name in (CONFIG, MODEL):
+            if folder / name not in written:
+                (folder / name).unlink(missing_ok=True)
+        if folder != place and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _by_folder(tensors: Mapping[str, LazyTensor]) -> dict[str, dict[str, LazyTensor]]:

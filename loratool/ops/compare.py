@@ -20,16 +20,22 @@ ROUNDING = {"F64": 1e-12, "F32": 1e-6, "F16": 2e-3, "BF16": 2e-2, "F8_E4M3": 0.2
 """Relative error of an update that rounding its factors once to a dtype may cause (a few units in the last place)."""
 
 
+EXACT = 1e-6
+"""Relative error where no factor was rounded: alpha may be, as a float32."""
+
+
 @dataclass(frozen=True)
 class Difference:
     """How far one update is from another: ||d1 - d2|| / ||d1|| (Frobenius), computed in float64.
 
-    `bitwise` says that factors, scale and magnitude are the same values, so that `error` is exactly 0.
+    `bitwise` says that factors, scale and magnitude are the same values, so that `error` is exactly 0; `tolerance` how
+    large it may be: where factors were cast, or put together at one scale, as much as rounding them explains.
     """
 
     title: str
     error: float
     bitwise: bool = False
+    tolerance: float = EXACT
 
 
 @dataclass(frozen=True)
@@ -96,9 +102,18 @@ def difference(a: _Stretch, b: _Stretch) -> Difference:
             continue
         same_side = a.module.magnitude_per_row == b.module.magnitude_per_row
         if x is None or y is None or x.shape != y.shape or not same_side:
-            return Difference(title, float("inf"))
-        error = max(error, _ratio(float((x - y).norm()), float(x.norm())))
-    return Difference(title, error)
+            return Difference(title, math.inf)
+        further = _ratio(float((x - y).norm()), float(x.norm()))
+        error = further if math.isnan(further) else max(error, further)
+    return Difference(title, error, tolerance=_tolerance(a, b))
+
+
+def _tolerance(a: _Stretch, b: _Stretch) -> float:
+    """EXACT for factors that were copied, else what one rounding to the coarser of the dtypes explains."""
+    dtypes = {a.module.dtype, b.module.dtype}
+    if len(dtypes) == 1 and a.whole and b.whole:
+        return EXACT
+    return max(ROUNDING.get(dtype, EXACT) for dtype in dtypes)
 
 
 def _vector(stretch: _Stretch, role: str) -> Tensor | None:
@@ -152,7 +167,7 @@ def _live_pair(stretch: _Stretch) -> tuple[Tensor, Tensor]:
 
 
 def _ratio(difference: float, norm: float) -> float:
-    return 0.0 if difference == 0 else difference / norm if norm else float("inf")
+    return 0.0 if difference == 0 else difference / norm if norm else math.inf
 
 
 def _norm(stretch: _Stretch) -> float:

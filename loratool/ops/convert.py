@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from loratool import __version__
 from loratool.core.adapter import Adapter, Bundle
 from loratool.core.errors import LoratoolError, NotRepresentable, UnknownModel, UsageError
 from loratool.core.layout import Layout
@@ -15,7 +13,7 @@ from loratool.core.registry import layouts
 from loratool.core.target import same_shape
 from loratool.core.tensor import LazyTensor
 from loratool.ops import origin
-from loratool.ops.headers import converted_header
+from loratool.ops.headers import converted_header, with_history
 from loratool.ops.regroup import Regrouped, regroup
 
 HEADER_ROOM = 1 << 20
@@ -56,6 +54,8 @@ def convert(adapter: Adapter, to: str, *, dtype: str | None = None, drop_extras:
     if not layout.writable:
         writable = ", ".join(sorted(known.id for known in layouts().values() if known.writable))
         raise UsageError(f"the layout {to} is only read", hint=f"convert to one of: {writable}")
+    # Before regrouping, which may fail on a module that the layout cannot express anyway: this error knows a way out.
+    layout.refuse(adapter.modules)
     if dtype is not None:
         adapter = replace(adapter, modules=tuple(_cast(module, dtype) for module in adapter.modules))
     elif (back := _return(adapter, layout)) is not None:
@@ -66,8 +66,9 @@ def convert(adapter: Adapter, to: str, *, dtype: str | None = None, drop_extras:
     place = _place_extras(adapter, layout, drop_extras)
     source = layouts()[adapter.layout]
     header = converted_header(spoken, source, layout, written.metadata)
-    note = {"op": "convert", "from": source.id, "to": layout.id, "version": __version__}
-    header["loratool.history"] = _appended(adapter.metadata.get("loratool.history"), note)
+    note = {"op": "convert", "from": source.id, "to": layout.id}
+    note |= {"dtype": dtype} if dtype else {}
+    header = with_history(header, note)
     ticket = replace(
         origin.ticket_for(replace(adapter, modules=tuple(_shaped(module) for module in adapter.modules)), source),
         fingerprint=origin.fingerprint(spoken.modules),
@@ -111,7 +112,7 @@ def _regroup(adapter: Adapter, layout: Layout, ticket: origin.Ticket | None) -> 
     if adapter.architecture.id == "unknown" and layout.id != adapter.layout:
         raise UnknownModel(
             "the model is unknown and its names are flattened, so that no other spelling can be derived",
-            hint="name a checkpoint of the model with --base, or the model with --architecture",
+            hint="; ".join(adapter.notes) or "name a checkpoint with --base, or the model with --architecture",
         )
     voices = {**layout.voices_for(adapter), **(ticket.spoken() if ticket else {})}
     namings = {c: adapter.architecture.naming(c, voices[c].naming) for c in adapter.components}
@@ -210,11 +211,3 @@ def _place_extras(adapter: Adapter, layout: Layout, drop: bool) -> _Extras:
         modules=tuple(adapter.extras),
         hint="leave them out with --drop-extras",
     )
-
-
-def _appended(history: str | None, note: Mapping[str, str]) -> str:
-    try:
-        entries = json.loads(history) if history else []
-    except ValueError:
-        entries = []
-    return json.dumps([*(entries if isinstance(entries, list) else []), note])

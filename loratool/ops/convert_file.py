@@ -13,6 +13,7 @@ from loratool.core.errors import LoratoolError
 from loratool.core.registry import layouts
 from loratool.ops.approximate import Approximated, Wish, as_lora
 from loratool.ops.convert import Converted, convert
+from loratool.ops.headers import with_history
 from loratool.ops.open import open_adapter
 from loratool.ops.save import Progress, Proof, save
 
@@ -74,7 +75,11 @@ def _approximated(source: Adapter, to: str, wish: Wish | None) -> tuple[Adapter,
     if wish is None:
         return source, ()
     modules, report = as_lora(source.modules, wish, layouts()[to].obstacle)
-    return replace(source, modules=modules), report
+    if not report:
+        return source, ()
+    worst = max(item.error for item in report)
+    note = {"op": "approximate", "by": "lora", "modules": len(report), "largest_error": float(f"{worst:.3g}")}
+    return replace(source, modules=modules, metadata=with_history(source.metadata, note)), report
 
 
 def _report(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 
+from loratool import __version__
 from loratool.core.adapter import Adapter
 from loratool.core.layout import Layout
 from loratool.ops import origin
+
+HISTORY = "loratool.history"
 
 PLACEHOLDER = "0" * 64
 """Stands for `sshs_model_hash` until the writer has hashed what it writes."""
@@ -54,3 +58,13 @@ def _network_module(adapter: Adapter) -> str:
     if any(module.family.id != "lora" or "mid" in module.factors for module in adapter.modules):
         return "lycoris.kohya"
     return "networks.lora_flux" if adapter.architecture.id.startswith("flux") else "networks.lora"
+
+
+def with_history(header: Mapping[str, str], note: Mapping[str, object]) -> dict[str, str]:
+    """The header with one more entry in `loratool.history`, a JSON list of what was done to the file."""
+    try:
+        entries = json.loads(header.get(HISTORY, "[]"))
+    except ValueError:
+        entries = []
+    entries = [*(entries if isinstance(entries, list) else []), {**note, "version": __version__}]
+    return {**header, HISTORY: json.dumps(entries)}

@@ -67,7 +67,7 @@ def understand(bundle: Bundle, architecture: Architecture | None = None, layout:
     best = found.best
     if architecture is not None and best.architecture is not architecture:
         raise UnknownModel(
-            f"no key is a name of {architecture.title}", hint="leave --architecture out to have it detected"
+            f"no key is a name of {architecture.title}", hint="leave --architecture or --base out to have it detected"
         )
     adapter = best.layout.read(bundle, best.architecture, best.parsed)
     if not adapter.modules and not adapter.unread_families:

@@ -85,7 +85,10 @@ def fingerprint(modules: Sequence[Module]) -> str:
 
 
 def ticket_for(adapter: Adapter, layout: Layout) -> Ticket:
-    """The ticket back to an adapter as it was read, by its `layout`; fingerprint and metadata are filled in later."""
+    """The ticket back to an adapter as it was read, by its `layout`; fingerprint and metadata are filled in later.
+
+    The modules must have the shapes in which they will come back: where the file's differ, the ticket says so.
+    """
     voices = {component: (voice.prefix, voice.naming) for component, voice in adapter.voices.items()}
     ticket = Ticket(layout.id, adapter.architecture.id, voices, side_files=dict(adapter.side_files))
     if not layout.writable:

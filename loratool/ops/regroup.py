@@ -76,7 +76,7 @@ def _assemble(
 ) -> Regrouped:
     result: list[Module] = []
     made: set[tuple[str, str]] = set()
-    record: dict[str, tuple[int, ...]] = {}
+    record: dict[str, tuple[tuple[int, float], ...]] = {}
     vanished: list[str] = []
     source_names = {id(piece.source): "+".join(t.path for t in piece.source.targets) for piece in pieces.values()}
     for module, same in zip(modules, kept, strict=True):
@@ -213,7 +213,9 @@ def _stack(targets: tuple[Target, ...], pieces: Sequence[_Piece | None]) -> Modu
 
 def _stack_scale(present: Sequence[Module]) -> float:
     """The scale of the stack: of its parts' scales the one that rounds fewest of them, then the commonest."""
-    scales = [module.scale for module in present if module.scale != 0] or [present[0].scale]
+    scales = [module.scale for module in present if module.scale != 0]
+    if not scales:
+        return 0.0
 
     def exact(scale: float) -> int:
         # Growing by a power of two rounds nothing; shrinking by one may, next to zero.

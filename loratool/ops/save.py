@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from loratool.core.errors import LoratoolError
 from loratool.core.registry import layouts
 from loratool.core.tensor import same_bytes
 from loratool.files.bundle import read_bundle, write_bundle
-from loratool.ops.compare import ROUNDING, Difference, compare
+from loratool.ops.compare import Difference, compare
 from loratool.ops.convert import Converted
 
 Progress = Callable[[str, int, int], None]
@@ -79,19 +80,27 @@ def _prove(converted: Converted, source: Adapter, path: str, progress: Progress 
     for key, tensor in converted.adapter.extras.items():
         if key not in bundle.tensors or not same_bytes(tensor, bundle.tensors[key]):
             raise NotTheSame("the written file does not hold the same bytes", key=key, hint="nothing was written")
-    dtypes = {module.dtype for module in (*source.modules, *again.modules)}
-    tolerance = max(ROUNDING.get(dtype, 1e-6) for dtype in dtypes)
-    worst = max(differences, key=lambda difference: difference.error)
-    if worst.error > tolerance:
-        raise NotTheSame(
-            f"the written update differs by {worst.error:.2g}, expected at most {tolerance:.2g}",
-            key=worst.title,
-            hint="nothing was written; please report this file",
-        )
+    for found in differences:
+        if not found.error <= found.tolerance:  # so that NaN is a difference, too
+            raise NotTheSame(
+                f"the written update differs by {found.error:.2g}, expected at most {found.tolerance:.2g}",
+                key=found.title,
+                hint=_advice(found, converted, source),
+            )
+    worst = max(differences, key=lambda found: found.error, default=None)
     return Proof(
         compared=len(differences),
         bitwise=sum(difference.bitwise for difference in differences),
-        worst=worst.error,
-        worst_module=worst.title if worst.error else None,
-        tolerance=tolerance,
+        worst=worst.error if worst else 0.0,
+        worst_module=worst.title if worst and worst.error else None,
+        tolerance=worst.tolerance if worst else 0.0,
     )
+
+
+def _advice(found: Difference, converted: Converted, source: Adapter) -> str:
+    dtypes = {module.dtype for module in converted.adapter.modules} - {module.dtype for module in source.modules}
+    if dtypes:
+        return f"nothing was written: {'/'.join(sorted(dtypes))} cannot hold the values; choose another --dtype"
+    if not math.isfinite(found.error):
+        return "nothing was written: the file holds NaN or infinite values"
+    return "nothing was written; please report this file"

@@ -54,6 +54,7 @@ def as_json(info: Info) -> dict[str, Any]:
         "trigger": info.trigger,
         "webui_tag": info.webui_tag,
         "metadata": dict(info.metadata),
+        "side_files": dict(info.side_files),
         "unread_keys": list(info.unread_keys),
         "unread_families": dict(info.unread_families),
         "notes": list(info.notes),

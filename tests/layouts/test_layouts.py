@@ -560,7 +560,7 @@ def test_a_square_convolutions_magnitude_is_per_row_in_peft() -> None:
         (module,) = read(bundle, layout, "generic").modules
         assert module.magnitude is not None and module.magnitude.shape == (6, 1, 1, 1)
         written = layouts()[layout].write(read(bundle, layout, "generic"))
-        assert written.tensors[f"{prefix}conv.lora_magnitude_vector"].shape == (1, 6, 1, 1)
+        assert [t.shape for key, t in written.tensors.items() if "magnitude" in key] == [(1, 6, 1, 1)]
 
 
 def test_an_alpha_that_bf16_cannot_hold_is_written_wider() -> None:

@@ -253,6 +253,12 @@ def test_parts_of_scale_zero_stay_zero() -> None:
     assert_same_update(parts, [fused])
 
 
+def test_parts_all_of_scale_zero_stay_zero() -> None:
+    parts = [split_part(Q, 4, 0.0), split_part(V, 4, 0.0, seed=1)]
+    (fused,) = regroup(parts, BFL).modules
+    assert fused.scale == 0.0
+
+
 def test_parts_of_other_dtypes_are_not_rounded_in_silence() -> None:
     parts = [split_part(Q, 4), split_part(V, 4, seed=1, dtype="BF16")]
     with pytest.raises(NotExact, match="different dtypes: BF16, F32"):

@@ -76,12 +76,14 @@ TRAININGS = {
     "sdxl": Training(
         "sdxl",
         {
-            "unet": {**UNET, **HALF, "rank_pattern": {"to_k": 2}},
+            "unet": {"target_modules": ["attn2.to_q", "attn2.to_k"], **HALF, "rank_pattern": {"0.attn2.to_k": 2}},
             "text_encoder": {**ENCODER, **HALF},
             "text_encoder_2": {"target_modules": ["q_proj", "fc1", "text_projection"], **PLAIN},
         },
     ),
-    "sdxl-plain": Training("sdxl", {"unet": {**UNET, **PLAIN}}, metadata=False, old_spelling=True),
+    "sdxl-plain": Training(
+        "sdxl", {"unet": {"target_modules": ["attn2.to_v"], **PLAIN}}, metadata=False, old_spelling=True
+    ),
 }
 each_training = pytest.mark.parametrize("name", list(TRAININGS))
 
@@ -186,7 +188,7 @@ def test_diffusers_applies_what_is_made_of_files_of_sd_scripts(name: str, archit
 def test_diffusers_reads_the_kohya_names_written_for_sdxl(tmp_path: Path) -> None:
     """Trap 9: SGM's block names, which diffusers maps back by a table of its own."""
     pipe = pipeline("sdxl")
-    configs = {"unet": {"target_modules": ["to_q", "ff.net.2", "proj_in"], "r": 4, "lora_alpha": 4}}
+    configs = {"unet": {"target_modules": ["attn1.to_v", "proj_in", "conv1"], "r": 4, "lora_alpha": 4}}
     trained(pipe, configs)
     source, out = saved(pipe, tmp_path, configs, metadata=True), tmp_path / "kohya.safetensors"
     convert_file(source, "kohya", out)
