@@ -67,14 +67,14 @@ PREFIXES: Mapping[tuple[str, str], Mapping[str, tuple[str, str]]] = {
         "text_encoder": ("text_encoders.clip_l.transformer.", "hf"),
         "text_encoder_2": ("text_encoders.t5xxl.transformer.", "hf"),
     },
-    ("peft", "sd15"): {c: ("base_model.model.", n) for c, n in (("unet", "diffusers"), ("text_encoder", "hf"))},
+    ("peft", "sd15"): {c: ("base_model.model.", n) for c, n in (("unet", "diffusers"), ("text_encoder", "hf-short"))},
     ("peft", "sdxl"): {
         c: ("base_model.model.", n)
-        for c, n in (("unet", "diffusers"), ("text_encoder", "hf"), ("text_encoder_2", "hf"))
+        for c, n in (("unet", "diffusers"), ("text_encoder", "hf-short"), ("text_encoder_2", "hf"))
     },
     ("peft", "flux"): {
         c: ("base_model.model.", n)
-        for c, n in (("transformer", "diffusers"), ("text_encoder", "hf"), ("text_encoder_2", "hf"))
+        for c, n in (("transformer", "diffusers"), ("text_encoder", "hf-short"), ("text_encoder_2", "hf"))
     },
 }
 

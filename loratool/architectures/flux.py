@@ -168,9 +168,10 @@ ARCHITECTURE = Architecture(
             "text_encoder": Voice("text_encoders.clip_l.transformer.", "hf"),
             "text_encoder_2": Voice("text_encoders.t5xxl.transformer.", "hf"),
         },
+        # PEFT needs the exact path: today's CLIPTextModel has no `text_model.`, the one with projection has.
         "peft": {
             "transformer": Voice("base_model.model.", "diffusers"),
-            "text_encoder": Voice("base_model.model.", "hf"),
+            "text_encoder": Voice("base_model.model.", "hf-short"),
             "text_encoder_2": Voice("base_model.model.", "hf"),
         },
     },
@@ -206,7 +207,7 @@ ARCHITECTURE = Architecture(
                 Voice("base_model.model.transformer.", "diffusers"),
             ),
             "text_encoder": (
-                Voice("base_model.model.", "hf-short"),
+                Voice("base_model.model.", "hf"),
                 Voice("base_model.model.text_encoder.", "hf"),
                 Voice("base_model.model.text_encoder.", "hf-short"),
             ),

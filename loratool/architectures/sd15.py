@@ -25,7 +25,11 @@ ARCHITECTURE = Architecture(
             "unet": Voice("diffusion_model.", "ldm"),
             "text_encoder": Voice("text_encoders.clip_l.transformer.", "hf"),
         },
-        "peft": {"unet": Voice("base_model.model.", "diffusers"), "text_encoder": Voice("base_model.model.", "hf")},
+        # PEFT needs the exact path: today's CLIPTextModel has no `text_model.`, the one with projection has.
+        "peft": {
+            "unet": Voice("base_model.model.", "diffusers"),
+            "text_encoder": Voice("base_model.model.", "hf-short"),
+        },
     },
     reads={
         # Numbered in the order of traversal: the prefix is the component's, the names are put in order by the layout.
@@ -53,7 +57,7 @@ ARCHITECTURE = Architecture(
         "peft": {
             "unet": (Voice("base_model.model.unet.", "diffusers"),),
             "text_encoder": (
-                Voice("base_model.model.", "hf-short"),
+                Voice("base_model.model.", "hf"),
                 Voice("base_model.model.text_encoder.", "hf"),
                 Voice("base_model.model.text_encoder.", "hf-short"),
             ),

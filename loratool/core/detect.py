@@ -15,7 +15,7 @@ from loratool.core.registry import architectures, families, layouts
 from loratool.core.target import squeezed
 
 ENOUGH = 0.5
-"""The share of stems that must resolve before a table is believed."""
+"""More than this share of stems must resolve before a table is believed."""
 
 CLOSE = 0.02
 """Two architectures whose scores differ by less are a tie."""
@@ -61,25 +61,30 @@ class Detection:
 def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: str | None = None) -> Detection | None:
     """The best (layout, architecture) for a bundle, or None if no layout knows a single key.
 
-    A table wins if it names at least half of the stems and no other comes as close; else the file is read
-    without a table: names as they stand (`generic`), or flattened ones (`unknown`).
+    A table wins if it names more than half of the stems and no other comes as close; else the file is read
+    without a table: names as they stand (`generic`), or flattened ones (`unknown`). Raises FormatError if the keys
+    contradict each other in every spelling that knows them.
     """
     tables = [a for a in (among if among is not None else architectures().values()) if not a.open]
     keys = list(bundle.tensors)
     sample = keys[:: max(1, len(keys) // SAMPLE)]
-    candidates: list[Candidate] = []
     readings: list[_Reading] = []
+    likely: list[tuple[_Reading, Architecture]] = []
+    unlikely: list[tuple[_Reading, Architecture]] = []
     for spelling in [layouts()[layout]] if layout else layouts().values():
         stems = {parts[0] for key in sample if (parts := spelling.split(key)) is not None}
         if not stems:
             continue
-        reading = _Reading(bundle, spelling, must=bool(layout) or len(layouts()) == 1)
+        reading = _Reading(bundle, spelling)
         readings.append(reading)
         for table in tables:
-            if table.voices(spelling.id) and any(spelling.resolve(stem, table, bundle.metadata) for stem in stems):
-                candidates += _candidates(reading, table)
-    candidates = sorted((c for c in candidates if c.resolved > 0), key=lambda c: -c.score)
-    believed = [c for c in candidates if c.resolved >= ENOUGH]
+            known = sum(bool(spelling.resolve(stem, table, bundle.metadata)) for stem in stems)
+            if known:
+                (likely if known >= ENOUGH / 2 * len(stems) else unlikely).append((reading, table))
+    candidates = _ranked(likely)
+    if not any(c.resolved >= ENOUGH for c in candidates):
+        candidates = _ranked(likely + unlikely)
+    believed = [c for c in candidates if c.resolved > ENOUGH]
     if believed:
         rivals = [c for c in believed if c.score > believed[0].score - CLOSE]
         ids = dict.fromkeys(c.architecture.id for c in rivals)
@@ -90,19 +95,19 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
 
 
 class _Reading:
-    """A bundle's keys in one spelling; parsed when somebody asks. `parsed` is None where two keys say the same
-    (with `must`, that is an error), `shapes` has the shape of every group whose factors fit each other."""
+    """A bundle's keys in one spelling; parsed when somebody asks. `parsed` is None, with the reason in `error`, where
+    two keys say the same; `shapes` has the shape of every group whose factors fit each other."""
 
-    def __init__(self, bundle: Bundle, layout: Layout, must: bool) -> None:
-        self.bundle, self.layout, self._must = bundle, layout, must
+    def __init__(self, bundle: Bundle, layout: Layout) -> None:
+        self.bundle, self.layout = bundle, layout
+        self.error: FormatError | None = None
 
     @cached_property
     def parsed(self) -> Parsed | None:
         try:
             return self.layout.parse(list(self.bundle.tensors))
-        except FormatError:
-            if self._must:
-                raise
+        except FormatError as error:
+            self.error = error
             return None
 
     @cached_property
@@ -118,7 +123,18 @@ def _open(readings: list[_Reading], candidates: tuple[Candidate, ...], tie: tupl
             if architecture.open and architecture.voices(reading.layout.id):
                 found += _candidates(reading, architecture)
     found = sorted((c for c in found if c.resolved > 0), key=lambda c: -(c.resolved + 0.001 * c.written))
-    return Detection(found[0], candidates, tie) if found else None
+    if found:
+        return Detection(found[0], candidates, tie)
+    for reading in readings:
+        if reading.error is not None:
+            raise reading.error
+    return None
+
+
+def _ranked(pairs: Iterable[tuple[_Reading, Architecture]]) -> list[Candidate]:
+    """What the readings are as these architectures, the best score first."""
+    found = [candidate for reading, table in pairs for candidate in _candidates(reading, table)]
+    return sorted((c for c in found if c.resolved > 0), key=lambda c: -c.score)
 
 
 def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from loratool.core.errors import NotExact
@@ -35,7 +36,7 @@ class Module:
         """The pipeline component whose weight this updates."""
         return self.targets[0].component
 
-    @property
+    @cached_property
     def shapes(self) -> Shapes:
         """Stored shape of every factor, by role."""
         return {role: factor.shape for role, factor in self.factors.items()}

@@ -119,8 +119,10 @@ def check_output(path: str | os.PathLike[str], inputs: list[str], folder: bool, 
     """Refuses an output before anything is read: one that exists, is an input, or has no folder to be in."""
     place = Path(path)
     for name in inputs:
-        if place.exists() and os.path.realpath(place) == os.path.realpath(name):
-            message = "the output is an input; an input is never changed"
+        ours, theirs = Path(os.path.realpath(place)), Path(os.path.realpath(name))
+        if place.exists() and (ours == theirs or theirs in ours.parents or ours in theirs.parents):
+            where = "is" if ours == theirs else "is part of" if theirs in ours.parents else "holds"
+            message = f"the output {where} an input; an input is never changed"
             raise LoratoolError(message, file=str(path), hint="choose another -o")
     if not place.parent.is_dir():
         raise LoratoolError("its folder does not exist", file=str(path), hint=f"mkdir -p {place.parent}")

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from loratool.core.architecture import Architecture
+from loratool.core.architecture import Architecture, Voice
 from loratool.core.errors import FormatError, NotRepresentable
 from loratool.core.module import Module
 from loratool.core.tensor import LazyTensor
@@ -150,23 +150,15 @@ def without_adapter_name(key: str) -> str:
     return f"{key[: match.start()]}.{match[1]}{end}"
 
 
-def path_of(module: Module, architecture: Architecture) -> str:
-    """The module's path in the canonical naming, which is what PEFT sees."""
-    component = module.component
-    if architecture.open:
-        return module.targets[0].path
-    for naming in architecture.namings(component).values():
-        name = naming.name_of(module.targets)
-        if name is not None:
-            return name
-    return module.targets[0].module_path
+def path_of(module: Module, architecture: Architecture, voices: Mapping[str, Voice]) -> str:
+    """The module's path as PEFT sees it, which is the name it has in its component's voice."""
+    naming = architecture.naming(module.component, voices[module.component].naming)
+    return naming.name_of(module.targets) or module.targets[0].module_path
 
 
-def canonical_paths(architecture: Architecture, component: str) -> frozenset[str] | None:
-    """Every path of a component; None without a table."""
-    if architecture.open or component not in architecture.components:
-        return None
-    return frozenset(next(iter(architecture.namings(component).values())))
+def all_paths(architecture: Architecture, component: str, voices: Mapping[str, Voice]) -> frozenset[str] | None:
+    """Every path of a component in its voice; None without a table."""
+    return None if architecture.open else frozenset(architecture.naming(component, voices[component].naming))
 
 
 def peft_obstacle(module: Module, layout: str) -> str | None:

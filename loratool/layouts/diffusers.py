@@ -20,8 +20,8 @@ from loratool.core.layout import ALPHA, ANY, MAGNITUDE, Layout, with_alpha
 from loratool.core.module import Module
 from loratool.core.tensor import LazyTensor
 from loratool.layouts._peft_config import (
+    all_paths,
     alphas,
-    canonical_paths,
     config_of,
     path_of,
     peft_magnitude,
@@ -57,7 +57,7 @@ class Diffusers(Layout):
         for component in adapter.components:
             config = {key.partition(".")[2]: v for key, v in whole.items() if key.startswith(f"{component}.")}
             at = [i for i, m in enumerate(modules) if m.component == component and m.alpha is None]
-            named = [(_short(path_of(modules[i], adapter.architecture)), modules[i]) for i in at]
+            named = [(_short(path_of(modules[i], adapter.architecture, adapter.voices)), modules[i]) for i in at]
             for i, alpha in zip(at, alphas(config, named), strict=True):
                 modules[i] = with_alpha(modules[i], alpha)
         return replace(adapter, modules=tuple(modules))
@@ -81,8 +81,8 @@ class Diffusers(Layout):
         whole: dict[str, Any] = {}
         told = True
         for component in adapter.components:
-            modules = [(_short(path_of(m, adapter.architecture)), m) for m in adapter.of(component)]
-            known = canonical_paths(adapter.architecture, component)
+            modules = [(_short(path_of(m, adapter.architecture, voices)), m) for m in adapter.of(component)]
+            known = all_paths(adapter.architecture, component, voices)
             others = None if known is None else frozenset(map(_short, known))
             # An encoder's `text_model.` comes and goes between versions of transformers: its names are left open at
             # the front, so that they match either way.

@@ -50,8 +50,9 @@ class Kohya(Layout):
 
     def split(self, key: str) -> tuple[str, str, str] | None:
         """As every layout, but only for flattened names: a stem with dots is another program's spelling."""
-        parts = super().split(key)
-        return None if parts is None or "." in parts[0] else parts
+        stem, dot, rest = self.rewrite(key).partition(".")
+        meaning = self.suffixes.get(dot + rest)
+        return (stem, *meaning) if meaning is not None and stem else None
 
     def with_alphas(self, adapter: Adapter) -> Adapter:
         """sd-scripts' `split_qkv` makes the parts block-diagonal and leaves alpha as it was: said, not corrected."""

@@ -18,8 +18,8 @@ from loratool.core.layout import ANY, MAGNITUDE, VECTOR, Layout, with_alpha
 from loratool.core.module import Module
 from loratool.core.tensor import LazyTensor
 from loratool.layouts._peft_config import (
+    all_paths,
     alphas,
-    canonical_paths,
     config_of,
     path_of,
     peft_magnitude,
@@ -57,7 +57,7 @@ class Peft(Layout):
             if text is None:
                 without += at
                 continue
-            named = [(path_of(modules[i], adapter.architecture), modules[i]) for i in at]
+            named = [(path_of(modules[i], adapter.architecture, adapter.voices), modules[i]) for i in at]
             for i, alpha in zip(at, alphas(parse_config(text), named), strict=True):
                 modules[i] = with_alpha(modules[i], alpha)
         if without:
@@ -86,8 +86,8 @@ class Peft(Layout):
         metadata = {**bundle.metadata, "format": "pt"}
         sides = {}
         for component in adapter.components:
-            modules = [(path_of(module, adapter.architecture), module) for module in adapter.of(component)]
-            others = canonical_paths(adapter.architecture, component)
+            modules = [(path_of(module, adapter.architecture, voices), module) for module in adapter.of(component)]
+            others = all_paths(adapter.architecture, component, voices)
             config = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True}
             config |= {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None}
             config |= _kept(adapter, component) | {"use_rslora": False} | config_of(modules, others)

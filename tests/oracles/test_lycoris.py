@@ -198,8 +198,9 @@ def test_what_peft_cannot_express_is_refused_by_name(network: str, to: str, unet
     assert not output.exists()
 
 
-@pytest.mark.parametrize("to", ["diffusers", "peft"])
-@pytest.mark.parametrize("network", ["locon, Tucker", "lokr", "lokr, Tucker"])
+@pytest.mark.parametrize(
+    ("network", "to"), [("locon, Tucker", "diffusers"), ("lokr", "peft"), ("lokr, Tucker", "diffusers")]
+)
 def test_the_offered_approximation_helps(network: str, to: str, unet: nn.Module, tmp_path: Path) -> None:
     path = saved(trained(unet, network), tmp_path / "lycoris.safetensors")
     output = tmp_path / ("out" if to == "peft" else "out.safetensors")
