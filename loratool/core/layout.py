@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 
 from loratool.core.adapter import Adapter, Bundle
 from loratool.core.architecture import Architecture, Spoken, Voice
@@ -346,15 +347,10 @@ def _empty(shape: tuple[int, ...], dtype: str) -> LazyTensor:
 
 def fits(targets: Sequence[Target], shape: tuple[int, ...]) -> bool:
     """Whether an update of `shape` has exactly the standard model's size (a flattened kernel counts as equal)."""
-    rows = sum(target.rows for target in targets)
-    return shape[0] == rows and _columns(shape) == _columns(targets[0].shape)
-
-
-def _columns(shape: tuple[int, ...]) -> int:
-    columns = 1
-    for size in shape[1:]:
-        columns *= size
-    return columns
+    rows = 0
+    for target in targets:
+        rows += target.shape[0]
+    return shape[0] == rows and prod(shape[1:]) == prod(targets[0].shape[1:])
 
 
 def alpha_scalar(alpha: float, dtype: str) -> LazyTensor:

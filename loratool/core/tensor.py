@@ -374,8 +374,9 @@ def decoded(data: bytes, dtype: str) -> float:
 
     Raises FormatError for dtypes without a single real number per element (C64, F4, F6).
     """
-    if dtype in _PLAIN:
-        return float(struct.unpack(_PLAIN[dtype], data)[0])
+    plain = "<e" if dtype == "F16" else _PLAIN.get(dtype)
+    if plain is not None:
+        return float(struct.unpack(plain, data)[0])
     code = int.from_bytes(data, "little")
     if dtype == "F8_E8M0":
         return math.nan if code == 0xFF else math.ldexp(1.0, code - 127)

@@ -20,6 +20,10 @@ from loratool.core.tensor import LazyTensor
 _ADAPTER_NAME = re.compile(
     r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\.([^.]+)(\.weight|\.bias)?$"
 )
+FEW = 128
+"""PEFT compiles every expression for every module: beyond what Python's cache of expressions holds (512, for two
+patterns), that takes a minute for a full SDXL file."""
+
 _BY_NAME = {"lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
 
 
@@ -108,12 +112,22 @@ def config_of(
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {name(path): module.rank for path, module in modules if module.rank != rank},
-        "alpha_pattern": {name(path): effective[path] for path in paths if effective[path] != alpha},
+        "rank_pattern": _patterns({path: module.rank for path, module in modules if module.rank != rank}, name),
+        "alpha_pattern": _patterns({path: effective[path] for path in paths if effective[path] != alpha}, name),
         "target_modules": _targets(paths, others, anchor),
         "use_dora": any(module.magnitude is not None for _, module in modules),
         "lora_bias": any("bias" in module.factors for _, module in modules),
     }
+
+
+def _patterns(values: Mapping[str, float], name: Callable[[str], str]) -> dict[str, float]:
+    """An expression per path, or, past FEW of them, per value."""
+    if len(values) <= FEW:
+        return {name(path): value for path, value in values.items()}
+    grouped: dict[float, list[str]] = {}
+    for path, value in values.items():
+        grouped.setdefault(value, []).append(name(path))
+    return {"|".join(names): value for value, names in grouped.items()}
 
 
 def _all_or_none(modules: Sequence[tuple[str, Module]], what: str, has: Callable[[Module], bool]) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 from loratool.core.adapter import Adapter
 from loratool.core.layout import fits
 from loratool.core.module import Module
-from loratool.ops import origin
 from loratool.ops.open import Opened, open_detected
 
 TOP_TAGS = 12
@@ -103,6 +102,7 @@ def describe(opened: Opened, keys: bool = False) -> Info:
     close = runner is not None and (best.architecture.open or runner.score > best.score - _SCORE_CLOSE)
     metadata = adapter.metadata
     standard = sum(fits(module.targets, module.shape) for module in adapter.modules)
+    components = {component: _component(adapter.of(component)) for component in adapter.components}
     return Info(
         path=adapter.path,
         layout=adapter.layout,
@@ -116,12 +116,12 @@ def describe(opened: Opened, keys: bool = False) -> Info:
         written_by=_written_by(metadata, adapter.side_files),
         families=dict(Counter(module.family.id for module in adapter.modules)),
         modules=len(adapter.modules),
-        components={component: _component(adapter.of(component)) for component in adapter.components},
+        components=components,
         ranks=dict(adapter.ranks.most_common()),
         alphas=_alphas(adapter.modules),
         dtypes=dict(Counter(t.dtype for m in adapter.modules for t in m.factors.values()).most_common()),
         dora=sum(module.magnitude is not None for module in adapter.modules),
-        parameters=sum(module.parameters for module in adapter.modules),
+        parameters=sum(component.parameters for component in components.values()),
         size_bytes=adapter.size_bytes,
         training=_training(metadata),
         tags=_tags(metadata),
@@ -184,9 +184,12 @@ def _alphas(modules: Sequence[Module]) -> dict[str, int]:
 
 def _written_by(metadata: Mapping[str, str], sides: Mapping[str, str]) -> str | None:
     """The program that wrote the file, where its metadata say so."""
-    ticket = origin.decode(metadata)
-    if ticket is not None:
-        return f"loratool, converted from {ticket.layout}"
+    if any(key.startswith("loratool.") for key in metadata):
+        from loratool.ops import origin
+
+        ticket = origin.decode(metadata)
+        if ticket is not None:
+            return f"loratool, converted from {ticket.layout}"
     if "software" in metadata:
         software = _json(metadata["software"])
         if isinstance(software, dict) and "name" in software:

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.ops import origin
 from loratool.ops.inspect import ComponentInfo, Info, ModuleInfo
 from loratool.report.inert import inert
 from loratool.report.units import count, histogram, plural, size
@@ -195,6 +194,8 @@ def _keys(modules: Sequence[ModuleInfo], console: Console) -> None:
 
 def _metadata(metadata: Mapping[str, str], sides: Mapping[str, str], console: Console) -> None:
     from rich.text import Text
+
+    from loratool.ops import origin
 
     console.print()
     for title, entries in (("metadata", metadata), ("side files", sides)):
