@@ -61,7 +61,7 @@ def convert(
         layout = layouts()[layout_named(to)]
         code = dtype_code(dtype) if dtype else None
         wish = check_options(approximate, rank, energy)
-        check_output(output, [file], layout.folder, overwrite)
+        check_output(output, [file, *([base] if base else [])], layout.folder, overwrite)
         model: Architecture | str | None = architecture
         if base is not None and architecture is not None:
             raise UsageError("--base and --architecture both say what the model is", hint="name one of them")

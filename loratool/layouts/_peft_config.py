@@ -6,6 +6,7 @@ The scale of a module is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslor
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -25,6 +26,17 @@ FEW = 128
 patterns), that takes a minute for a full SDXL file."""
 
 _BY_NAME = {"lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
+
+
+def json_object(text: str, key: str) -> dict[str, Any]:
+    """The JSON object in `text`. FormatError, about `key`, if there is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"is not JSON: {error}", key=key) from error
+    if not isinstance(found, dict):
+        raise FormatError("is not a JSON object", key=key)
+    return found
 
 
 def number(config: Mapping[str, Any], field: str) -> float | None:

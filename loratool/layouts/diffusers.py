@@ -15,7 +15,6 @@ from typing import Any
 
 from loratool.core.adapter import Adapter, Bundle
 from loratool.core.architecture import Voice
-from loratool.core.errors import FormatError
 from loratool.core.layout import ALPHA, ANY, MAGNITUDE, Layout, with_alpha
 from loratool.core.module import Module
 from loratool.core.tensor import LazyTensor
@@ -23,6 +22,7 @@ from loratool.layouts._peft_config import (
     all_paths,
     alphas,
     config_of,
+    json_object,
     path_of,
     peft_magnitude,
     peft_obstacle,
@@ -52,7 +52,7 @@ class Diffusers(Layout):
         text = adapter.metadata.get(METADATA)
         if text is None:
             return adapter
-        whole = _parse(text)
+        whole = json_object(text, METADATA)
         modules = list(adapter.modules)
         for component in adapter.components:
             config = {key.partition(".")[2]: v for key, v in whole.items() if key.startswith(f"{component}.")}
@@ -109,16 +109,6 @@ def _told_by_keys(config: Mapping[str, Any], modules: Sequence[Module]) -> bool:
 
 def _short(path: str) -> str:
     return path.removeprefix("text_model.")
-
-
-def _parse(text: str) -> dict[str, Any]:
-    try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"is not JSON: {error}", key=METADATA) from error
-    if not isinstance(whole, dict):
-        raise FormatError("is not a JSON object", key=METADATA)
-    return whole
 
 
 LAYOUT = Diffusers(

@@ -21,6 +21,7 @@ from loratool.layouts._peft_config import (
     all_paths,
     alphas,
     config_of,
+    json_object,
     path_of,
     peft_magnitude,
     peft_obstacle,
@@ -114,12 +115,7 @@ def _kept(adapter: Adapter, component: str) -> dict[str, Any]:
 
 def parse_config(text: str) -> dict[str, Any]:
     """The config as a dict. FormatError if it is no JSON object or of another kind than LoRA."""
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"is not JSON: {error}", key=CONFIG) from error
-    if not isinstance(config, dict):
-        raise FormatError("is not a JSON object", key=CONFIG)
+    config = json_object(text, CONFIG)
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise FormatError(f"peft_type is {kind!r}; only LORA can be read so far", key=CONFIG)

@@ -11,6 +11,7 @@ from loratool.core.adapter import Adapter
 from loratool.core.architecture import Architecture
 from loratool.core.errors import LoratoolError
 from loratool.core.registry import layouts
+from loratool.files.bundle import check_output
 from loratool.ops.approximate import Approximated, Wish, as_lora
 from loratool.ops.convert import Converted, convert
 from loratool.ops.headers import with_history
@@ -61,6 +62,7 @@ def convert_file(
 ) -> Report:
     """Converts the adapter at `path` into layout `to` at `output`; see `convert` and `save` for what is guaranteed."""
     started = time.perf_counter()
+    check_output(output, [os.fspath(path)], layouts()[to].folder, overwrite)
     source = open_adapter(path, architecture=architecture)
     try:
         adapted, approximated = _approximated(source, to, approximate)

@@ -79,7 +79,7 @@ def test_reads_what_safetensors_writes(tmp_path: Path) -> None:
         assert header.tensors[name].load().dtype == tensor.dtype
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"ü\n\x01\x7f\"\\\b": "\u2028/é\x1f\U0001f600"}])
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {'ü\n\x01\x7f"\\\b': "\u2028/é\x1f\U0001f600"}])
 def test_writes_the_bytes_that_safetensors_writes(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     tensors = one_of_each()
     assert written(tmp_path / "x", lazies(tensors), metadata) == safetensors.torch.save(tensors, metadata)
