@@ -66,7 +66,9 @@ def main() -> int:
             modules = write_lora(path, architecture, rank, metadata)
             size = path.stat().st_size
             found = measured(path, place / "output.safetensors", times)
-            name = f"{architecture} rank {rank}{', hashed' if metadata else ''} ({modules} modules, {size / MB:,.0f} MB)"
+            name = (
+                f"{architecture} rank {rank}{', hashed' if metadata else ''} ({modules} modules, {size / MB:,.0f} MB)"
+            )
             budgets += [
                 ratio(f"{name}: time", found["ours"], found["baseline"], TIMES),
                 memory(f"{name}: memory", found["ours"], allowed_memory(size)),

@@ -24,7 +24,7 @@ SAMPLE = 64
 """About so many keys, spread over the file, tell whether a spelling and a table are worth a closer look."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """One reading of a bundle. `resolved` is the share of stems with a name in the tables, `fitting` the share of
     those whose shape is the standard model's, `consistent` the share of dimensions that one other width explains."""
@@ -43,7 +43,7 @@ class Candidate:
         return self.resolved * (0.5 + 0.3 * self.fitting + 0.2 * self.consistent) + 0.001 * self.written
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Detection:
     """The best reading, and what came nearest."""
 

