@@ -165,8 +165,7 @@ def run(command: Sequence[str]) -> Run:
 
 def _environment() -> dict[str, str]:
     """Ours, but with bytecode kept, as an installed program has it: the uncounted first round writes it."""
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    return {"PYTHONPYCACHEPREFIX": str(Path(tempfile.gettempdir()) / "loratool-bench-bytecode"), **kept}
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def in_turns(

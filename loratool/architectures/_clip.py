@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from loratool.core.naming import Naming
 from loratool.core.target import Target
@@ -10,8 +10,7 @@ from loratool.core.target import Target
 _PREFIX = "text_model."
 
 
-@dataclass(frozen=True, slots=True)
-class ClipText:
+class ClipText(NamedTuple):
     """What tells one CLIP text model from another. `projection` is the width of its projection (0: it has none)."""
 
     layers: int

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from loratool.core.naming import Naming
 from loratool.core.target import Target
 
 
-@dataclass(frozen=True, slots=True)
-class T5Encoder:
+class T5Encoder(NamedTuple):
     """What tells one T5 encoder from another. `inner` is heads * the width of a head."""
 
     layers: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from loratool.core.naming import Naming
 from loratool.core.target import Target
@@ -12,8 +12,7 @@ Row = tuple[str, str, tuple[int, ...]]
 """(diffusers name, ldm name, shape)."""
 
 
-@dataclass(frozen=True, slots=True)
-class UNet:
+class UNet(NamedTuple):
     """What tells one of these UNets from another.
 
     `widths` are the channels of each level from the outside in, `depths` the transformer blocks of

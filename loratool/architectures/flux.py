@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from loratool.architectures._clip import clip_l_namings
 from loratool.architectures._t5 import T5_XXL, t5_namings
@@ -17,8 +18,7 @@ Row = tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]
 """(BFL name, its parts in row order: (diffusers path, shape))."""
 
 
-@dataclass(frozen=True, slots=True)
-class FluxTransformer:
+class FluxTransformer(NamedTuple):
     """The sizes of a Flux transformer. `guidance` is False for schnell, which has no guidance embedder."""
 
     double: int = 19

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from loratool.core.errors import FormatError, LoratoolError
 
@@ -240,6 +240,11 @@ class LazyTensor:
             raise FormatError(f"expected one number, found shape {list(self.shape)}")
         return decoded(b"".join(self.source.chunks()), self.dtype)
 
+    def numbers(self) -> list[float]:
+        """All values in row order, without torch: for a few of them. Raises FormatError for the dtypes of `item`."""
+        data, size = b"".join(self.source.chunks()), max(DTYPES[self.dtype] // 8, 1)
+        return [decoded(data[start : start + size], self.dtype) for start in range(0, len(data), size)]
+
     def reshape(self, shape: Sequence[int]) -> LazyTensor:
         """The same bytes under another shape. Raises ValueError when the number of elements differs."""
         if math.prod(shape) != self.numel:
@@ -332,8 +337,7 @@ def code_of(dtype: torch.dtype) -> str:
     return _CODES[name]
 
 
-@dataclass(frozen=True)
-class _SmallFloat:
+class _SmallFloat(NamedTuple):
     """A binary float of at most 16 bits, as codes without the sign. `infinity` is None where there is none."""
 
     bits: int

@@ -94,11 +94,12 @@ class Lora:
         if "up" not in factors or "mid" in factors:
             return None
         up = factors["up"]
-        head = min(up.shape[0], 64)  # a few rows settle it for what was trained in one piece
-        live = _reached(up.rows(0, head))
-        if not bool(live.all()):
-            live |= _reached(up.rows(head, up.shape[0]))
-        return tuple(int(i) for i in live.nonzero().flatten())
+        rank = up.shape[1]
+        first = up.rows(0, min(up.shape[0], 4)).numbers()
+        if all(any(first[i::rank]) for i in range(rank)):  # without torch, for what was trained in one piece
+            return tuple(range(rank))
+        reached = (up.load().flatten(1).float() != 0).any(dim=0)
+        return tuple(int(i) for i in reached.nonzero().flatten())
 
     def keep(self, factors: Factors, components: Sequence[int]) -> Factors:
         """Columns of up and rows of down."""
@@ -145,11 +146,6 @@ class Lora:
             bias = next(p.factors["bias"] for p in present if p.factors and "bias" in p.factors)
             stacked["bias"] = LazyTensor.computed((height,), bias.dtype, lambda: _stack_bias(parts, height))
         return stacked
-
-
-def _reached(up: LazyTensor) -> Tensor:
-    """For every column whether it is not all zero."""
-    return (up.load().flatten(1).float() != 0).any(dim=0)
 
 
 def _halves(shapes: Shapes) -> tuple[str, str]:

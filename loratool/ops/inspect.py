@@ -6,16 +6,18 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from loratool.core.adapter import Adapter
 from loratool.core.layout import fits
 from loratool.core.module import Module
 from loratool.ops.open import Opened, open_detected
+
+_Counted = TypeVar("_Counted", int, str)
 
 TOP_TAGS = 12
 
@@ -117,8 +119,8 @@ def describe(opened: Opened, keys: bool = False) -> Info:
         families=dict(Counter(module.family.id for module in adapter.modules)),
         modules=len(adapter.modules),
         components=components,
-        ranks=dict(adapter.ranks.most_common()),
-        alphas=_alphas(adapter.modules),
+        ranks=_total(component.ranks for component in components.values()),
+        alphas=_total(component.alphas for component in components.values()),
         dtypes=dict(Counter(t.dtype for m in adapter.modules for t in m.factors.values()).most_common()),
         dora=sum(module.magnitude is not None for module in adapter.modules),
         parameters=sum(component.parameters for component in components.values()),
@@ -160,6 +162,14 @@ def _component(modules: Sequence[Module]) -> ComponentInfo:
         blocks=dict(Counter(block_of(module) for module in modules)),
         families=dict(Counter(module.family.id for module in modules)),
     )
+
+
+def _total(counts: Iterable[Mapping[_Counted, int]]) -> dict[_Counted, int]:
+    """Counts added up, the most frequent first."""
+    total: Counter[_Counted] = Counter()
+    for part in counts:
+        total.update(part)
+    return dict(total.most_common())
 
 
 def block_of(module: Module) -> str:
