@@ -27,7 +27,8 @@ class Naming(Mapping[str, tuple[Target, ...]]):
     """One component's names in one program's spelling: dotted name -> the targets it holds, in row order.
 
     `tensor_keys` gives the checkpoint key of a name where it is not `name + ".weight"`; `transposed`
-    the names whose tensor is stored as `(in, out)`. Raises `ValueError` when a target has two names.
+    the names whose tensor is stored as `(in, out)`. It is checked to be
+    a bijection when it is first asked in the other direction: `ValueError` when a target has two names.
     """
 
     def __init__(
@@ -40,9 +41,6 @@ class Naming(Mapping[str, tuple[Target, ...]]):
         self._tensor_keys = dict(tensor_keys or {})
         self._transposed = transposed
         self._spellings: dict[str, dict[str, list[str]]] = {}
-        self._names = {targets: name for name, targets in self._table.items()}
-        if len(self._names) != len(self._table):
-            raise ValueError("a tuple of targets has two names")
 
     def __getitem__(self, name: str) -> tuple[Target, ...]:
         return self._table[name]
@@ -67,6 +65,13 @@ class Naming(Mapping[str, tuple[Target, ...]]):
                 index.setdefault(name.replace(".", separator), []).append(name)
             self._spellings[separator] = index
         return self._spellings[separator].get(text, ())
+
+    @cached_property
+    def _names(self) -> dict[tuple[Target, ...], str]:
+        names = {targets: name for name, targets in self._table.items()}
+        if len(names) != len(self._table):
+            raise ValueError("a tuple of targets has two names")
+        return names
 
     @cached_property
     def _homes(self) -> dict[Target, Home]:

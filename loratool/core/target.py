@@ -19,6 +19,10 @@ class Target:
     path: str
     shape: tuple[int, ...]
 
+    def __hash__(self) -> int:
+        # Paths differ almost always: not worth hashing the rest thousands of times.
+        return hash(self.path)
+
     @property
     def rows(self) -> int:
         """Number of output rows in the standard model."""
