@@ -1,4 +1,4 @@
-"""loratool: inspect, convert, merge, resize and bake LoRA files.
+"""loratool: inspect and convert LoRA files.
 
 The front door of the library. Names are imported when they are first used: `import loratool` costs nothing.
 """

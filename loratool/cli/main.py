@@ -9,7 +9,7 @@ from loratool.cli.info import info
 
 app = typer.Typer(
     name="loratool",
-    help="Inspect, convert, merge, resize and bake LoRA files.",
+    help="Inspect and convert LoRA files.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,7 +29,7 @@ def _version(value: bool) -> None:
 def _root(
     version: bool = typer.Option(False, "--version", help="Show the version.", callback=_version, is_eager=True),
 ) -> None:
-    """Inspect, convert, merge, resize and bake LoRA files."""
+    """Inspect and convert LoRA files."""
 
 
 app.command()(info)

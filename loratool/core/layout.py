@@ -295,8 +295,10 @@ class Layout:
         written = adapter.architecture.writes.get(self.id, {})
         missing = [component for component in adapter.components if component not in written]
         if missing:
+            hint = "; ".join(adapter.notes) or "name a checkpoint of the model with --base"
             raise NotRepresentable(
-                f"{self.id} has no spelling for {', '.join(missing)} of {adapter.architecture.title}"
+                f"{self.id} has no spelling for {', '.join(missing)} of {adapter.architecture.title}",
+                hint=hint if adapter.architecture.open else None,
             )
         return {component: written[component] for component in adapter.components}
 
