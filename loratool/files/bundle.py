@@ -17,6 +17,7 @@ from loratool.files.safetensors import read_header, write_safetensors
 CONFIG = "adapter_config.json"
 MODEL = "adapter_model.safetensors"
 PICKLES = (".pt", ".bin", ".ckpt", ".pth")
+_WORD = re.compile(r"[A-Za-z0-9_]+")
 _COMPONENT = re.compile(r"model|unet|transformer(_\d)?|prior|text_encoder(_\d)?")
 
 MAX_SIDE_FILE = 16 << 20
@@ -183,7 +184,7 @@ def _write_folder(
             with atomic_write(temporary / folder / MODEL, overwrite=False) as file:
                 write_safetensors(file, tensors, bundle.metadata, hashes=hashes, progress=progress)
         for name, text in bundle.side_files.items():
-            with atomic_write(temporary / name, overwrite=False) as file:
+            with atomic_write(temporary / _side_file(name), overwrite=False) as file:
                 file.write_text(text, encoding="utf-8")
         if check is not None:
             check(str(temporary))
@@ -212,11 +213,22 @@ def _remove_stale(place: Path, written: set[Path]) -> None:
 
 
 def _by_folder(tensors: Mapping[str, LazyTensor]) -> dict[str, dict[str, LazyTensor]]:
+    """Tensors by the sub-folder in front of their key. Anything but a plain word before the slash is part of the key:
+    keys come from files, and no file decides where we write."""
     folders: dict[str, dict[str, LazyTensor]] = {}
     for key, tensor in tensors.items():
-        folder, slash, name = key.rpartition("/")
-        folders.setdefault(folder + slash, {})[name] = tensor
+        word, slash, name = key.partition("/")
+        folder, name = (word + slash, name) if slash and _WORD.fullmatch(word) else ("", key)
+        folders.setdefault(folder, {})[name] = tensor
     return folders
+
+
+def _side_file(name: str) -> str:
+    """The name of a side file, if it is one that we write. Raises FormatError for any other path."""
+    folder, _, file = name.rpartition("/")
+    if file != CONFIG or (folder and not _WORD.fullmatch(folder)):
+        raise FormatError(f"a side file is called {name!r}, expected {CONFIG}", hint="the file was tampered with")
+    return name
 
 
 def _umask() -> int:

@@ -134,7 +134,7 @@ def _return(adapter: Adapter, layout: Layout) -> Converted | None:
         bundle = origin.restored(Bundle(written.tensors, adapter.metadata), ticket)
         bundle = replace(bundle, tensors={**bundle.tensors, **adapter.extras})
         again = layout.read(bundle, adapter.architecture)
-    except (LoratoolError, KeyError, ValueError, TypeError):
+    except (LoratoolError, LookupError, ValueError, TypeError, AttributeError):
         return None  # the ticket does not fit after all: convert as if there were none
     if not _alike(again.modules, regrouped.modules):
         return None

@@ -18,7 +18,7 @@ from loratool.core.architecture import Voice
 from loratool.core.errors import LoratoolError
 from loratool.core.layout import ALPHA, Layout
 from loratool.core.module import Module
-from loratool.core.tensor import Held, LazyTensor
+from loratool.core.tensor import DTYPES, Held, LazyTensor
 
 ENTRY = "loratool.origin"
 MADE_WHEN_WRITTEN = ("sshs_model_hash", "sshs_legacy_hash")
@@ -55,6 +55,13 @@ class Ticket:
         return {component: Voice(*voice) for component, voice in self.voices.items()}
 
 
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("layout", "architecture", "fingerprint"), str),
+    "order": (list, tuple),
+}
+"""What a field must be; the others are maps."""
+
+
 def encode(ticket: Ticket) -> str:
     """The header entry."""
     text = json.dumps({k: v for k, v in asdict(ticket).items() if v}, separators=(",", ":"), sort_keys=True)
@@ -66,9 +73,12 @@ def decode(metadata: Mapping[str, str]) -> Ticket | None:
     try:
         packed = base64.b64decode(metadata[ENTRY], validate=True)
         text = zlib.decompressobj().decompress(packed, MAX_EXPANDED)
-        return Ticket(**json.loads(text))
+        ticket = Ticket(**json.loads(text))
     except (KeyError, ValueError, TypeError, zlib.error, RecursionError):
         return None
+    sound = all(isinstance(value, _KINDS.get(name, dict)) for name, value in vars(ticket).items())
+    texts = [*ticket.metadata.values(), *ticket.side_files.values()] if sound else [0]
+    return ticket if all(text is None or isinstance(text, str) for text in texts) else None
 
 
 def fingerprint(modules: Sequence[Module]) -> str:
@@ -138,7 +148,10 @@ def packed(tensor: LazyTensor) -> list[Any]:
 def unpacked(value: Sequence[Any]) -> LazyTensor:
     """The tensor of `packed`."""
     dtype, shape, data = value
-    return LazyTensor(tuple(shape), str(dtype), Held(base64.b64decode(data)))
+    tensor = LazyTensor(tuple(shape), str(dtype), Held(base64.b64decode(data)))
+    if tensor.nbytes * 8 != tensor.numel * DTYPES[tensor.dtype]:
+        raise ValueError(f"{tensor.nbytes} bytes cannot be {dtype} {shape}")
+    return tensor
 
 
 def restored(bundle: Bundle, ticket: Ticket) -> Bundle:
