@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from loratool.cli._common import err, out, print_json, told_plainly
+from loratool.core.errors import UsageError
 
 if TYPE_CHECKING:
     from loratool.core.architecture import Architecture
@@ -48,7 +49,6 @@ def convert(
     The output is read back and every module compared before it gets its name. Converting back gives the original
     file's keys, values and metadata. Exit 1 if something cannot be expressed, or is not the same.
     """
-    from loratool.core.errors import UsageError
     from loratool.core.registry import layouts
     from loratool.files.bundle import check_output
     from loratool.ops.approximate import check_options
@@ -61,20 +61,14 @@ def convert(
         layout = layouts()[layout_named(to)]
         code = dtype_code(dtype) if dtype else None
         wish = check_options(approximate, rank, energy)
-        check_output(output, [file, *([base] if base else [])], layout.folder, overwrite)
-        model: Architecture | str | None = architecture
-        if base is not None and architecture is not None:
-            raise UsageError("--base and --architecture both say what the model is", hint="name one of them")
         if base is not None:
-            from loratool.ops.base import architecture_of
-
-            model = architecture_of(base)
+            check_output(output, [base], layout.folder, overwrite)
         with report.progress(err()) as progress:
             done = convert_file(
                 file,
                 layout.id,
                 output,
-                architecture=model,
+                architecture=_model(base, architecture),
                 dtype=code,
                 approximate=wish,
                 drop_extras=drop_extras,
@@ -86,3 +80,14 @@ def convert(
             print_json(report.as_json(done))
         else:
             report.show(done, out())
+
+
+def _model(base: str | None, architecture: str | None) -> Architecture | str | None:
+    """What the options say the model is; None leaves it to be detected."""
+    if base is None:
+        return architecture
+    if architecture is not None:
+        raise UsageError("--base and --architecture both say what the model is", hint="name one of them")
+    from loratool.ops.base import architecture_of
+
+    return architecture_of(base)

@@ -10,6 +10,9 @@ from loratool.core.architecture import Architecture, Voice
 from loratool.core.module import Module
 from loratool.core.tensor import LazyTensor
 
+CONFIG = "adapter_config.json"
+"""PEFT's config, the side file of an adapter's folder."""
+
 
 @dataclass(frozen=True)
 class Bundle:

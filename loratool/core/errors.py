@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TypeVar
 
 _LONGEST_KEY = 200
@@ -72,6 +73,11 @@ class UsageError(LoratoolError):
     """The command or call itself makes no sense."""
 
     exit_code = 2
+
+
+def few(names: Sequence[str]) -> str:
+    """The first few of many names, for a message."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _shortened(key: str) -> str:

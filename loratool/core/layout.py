@@ -9,7 +9,7 @@ from math import prod
 
 from loratool.core.adapter import Adapter, Bundle
 from loratool.core.architecture import Architecture, Spoken, Voice
-from loratool.core.errors import FormatError, LoratoolError, NotRepresentable
+from loratool.core.errors import FormatError, LoratoolError, NotRepresentable, few
 from loratool.core.module import Module
 from loratool.core.registry import families
 from loratool.core.target import Target
@@ -247,7 +247,7 @@ class Layout:
         blocked = {m.title: reason for m in modules if (reason := self.obstacle(m)) is not None}
         if blocked:
             raise NotRepresentable(
-                f"{len(blocked)} of {len(modules)} modules cannot be written ({_few(list(blocked))}): "
+                f"{len(blocked)} of {len(modules)} modules cannot be written ({few(tuple(blocked))}): "
                 f"{'; '.join(sorted(set(blocked.values())))}",
                 modules=tuple(blocked),
                 hint=self.way_out([m for m in modules if m.title in blocked]),
@@ -337,11 +337,6 @@ def _best(spoken: Sequence[Spoken], shape: tuple[int, ...], component: str | Non
     return spoken[0]
 
 
-def _few(names: Sequence[str]) -> str:
-    """The first few of many names."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
 def _empty(shape: tuple[int, ...], dtype: str) -> LazyTensor:
     """A tensor to ask for its shape, never for its values."""
     return LazyTensor(shape, dtype, Held(b""))
@@ -365,8 +360,3 @@ def alpha_scalar(alpha: float, dtype: str) -> LazyTensor:
         if abs(scalar.item() - alpha) <= 1e-12 * abs(alpha):
             return scalar
     return LazyTensor.scalar(alpha, "F64")
-
-
-def with_alpha(module: Module, alpha: float | None) -> Module:
-    """The module with another alpha."""
-    return replace(module, alpha=alpha)

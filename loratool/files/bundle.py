@@ -8,13 +8,12 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from loratool.core.adapter import Bundle
+from loratool.core.adapter import CONFIG, Bundle
 from loratool.core.errors import FormatError, LoratoolError
 from loratool.core.tensor import LazyTensor
 from loratool.files.atomic import atomic_write
 from loratool.files.safetensors import read_header, write_safetensors
 
-CONFIG = "adapter_config.json"
 MODEL = "adapter_model.safetensors"
 PICKLES = (".pt", ".bin", ".ckpt", ".pth")
 _WORD = re.compile(r"[A-Za-z0-9_]+")

@@ -68,7 +68,6 @@ class Matcher:
                 self._compiled.append((key, re.compile(rf"(.*\.)?({key})$"), value))
             except re.error as error:
                 raise FormatError(f"{key!r} is not a regular expression: {error}") from error
-        self._cache: dict[str, float] = {}
 
     def __call__(self, path: str, default: float) -> float:
         """The value for `path`."""

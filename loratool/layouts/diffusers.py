@@ -15,7 +15,7 @@ from typing import Any
 
 from loratool.core.adapter import Adapter, Bundle
 from loratool.core.architecture import Voice
-from loratool.core.layout import ALPHA, ANY, MAGNITUDE, Layout, with_alpha
+from loratool.core.layout import ALPHA, ANY, MAGNITUDE, Layout
 from loratool.core.module import Module
 from loratool.core.tensor import LazyTensor
 from loratool.layouts._peft_config import (
@@ -59,7 +59,7 @@ class Diffusers(Layout):
             at = [i for i, m in enumerate(modules) if m.component == component and m.alpha is None]
             named = [(_short(path_of(modules[i], adapter.architecture, adapter.voices)), modules[i]) for i in at]
             for i, alpha in zip(at, alphas(config, named), strict=True):
-                modules[i] = with_alpha(modules[i], alpha)
+                modules[i] = replace(modules[i], alpha=alpha)
         return replace(adapter, modules=tuple(modules))
 
     def obstacle(self, module: Module) -> str | None:

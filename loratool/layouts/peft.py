@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from loratool.core.adapter import Adapter, Bundle
+from loratool.core.adapter import CONFIG, Adapter, Bundle
 from loratool.core.architecture import Architecture, Spoken, Voice
 from loratool.core.errors import FormatError
-from loratool.core.layout import ANY, MAGNITUDE, VECTOR, Layout, with_alpha
+from loratool.core.layout import ANY, MAGNITUDE, VECTOR, Layout
 from loratool.core.module import Module
 from loratool.core.tensor import LazyTensor
 from loratool.layouts._peft_config import (
@@ -28,7 +28,6 @@ from loratool.layouts._peft_config import (
     without_adapter_name,
 )
 
-CONFIG = "adapter_config.json"
 _CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
@@ -60,7 +59,7 @@ class Peft(Layout):
                 continue
             named = [(path_of(modules[i], adapter.architecture, adapter.voices), modules[i]) for i in at]
             for i, alpha in zip(at, alphas(parse_config(text), named), strict=True):
-                modules[i] = with_alpha(modules[i], alpha)
+                modules[i] = replace(modules[i], alpha=alpha)
         if without:
             note = f"no {CONFIG} beside the file: alpha is unknown and taken as the rank"
             adapter = replace(adapter, notes=(*adapter.notes, note))

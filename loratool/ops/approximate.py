@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from loratool.core.errors import UsageError
 from loratool.core.module import Module
 from loratool.core.registry import families
-from loratool.core.tensor import LazyTensor
+from loratool.core.tensor import LazyTensor, torch_dtype
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,6 @@ def as_lora(
 
 def _truncated(module: Module, wish: Wish) -> tuple[Module, float]:
     import torch
-
-    from loratool.core.tensor import torch_dtype
 
     delta = module.delta().double()
     standard = module.targets[0].shape

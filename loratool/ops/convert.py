@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from loratool.core.adapter import Adapter, Bundle
-from loratool.core.errors import LoratoolError, NotRepresentable, UnknownModel, UsageError
+from loratool.core.errors import LoratoolError, NotRepresentable, UnknownModel, UsageError, few
 from loratool.core.layout import Layout
 from loratool.core.module import Module
 from loratool.core.registry import layouts
 from loratool.core.target import same_shape
-from loratool.core.tensor import LazyTensor
+from loratool.core.tensor import LazyTensor, torch_dtype
 from loratool.ops import origin
 from loratool.ops.headers import converted_header, with_history
 from loratool.ops.regroup import Regrouped, regroup
@@ -128,7 +128,7 @@ def _return(adapter: Adapter, layout: Layout) -> Converted | None:
         return None
     try:
         regrouped = _regroup(adapter, layout, ticket)
-        spoken = replace(adapter, modules=regrouped.modules, metadata={**adapter.metadata})
+        spoken = replace(adapter, modules=regrouped.modules)
         written = layout.write(spoken, ticket.spoken())
         # The ticket says how this header differs from the original's: what is written today has no part in it.
         bundle = origin.restored(Bundle(written.tensors, adapter.metadata), ticket)
@@ -180,8 +180,6 @@ def _cast(module: Module, dtype: str) -> Module:
 
 
 def _cast_tensor(tensor: LazyTensor, dtype: str) -> LazyTensor:
-    from loratool.core.tensor import torch_dtype
-
     if tensor.dtype == dtype:
         return tensor
     return LazyTensor.computed(tensor.shape, dtype, lambda: tensor.load().to(torch_dtype(dtype)))
@@ -205,9 +203,9 @@ def _place_extras(adapter: Adapter, layout: Layout, drop: bool) -> _Extras:
     size = sum(tensor.nbytes for tensor in adapter.extras.values())
     if size <= HEADER_ROOM:
         return _Extras({}, adapter.extras)
-    first = ", ".join(list(adapter.extras)[:3]) + (", ..." if len(adapter.extras) > 3 else "")
+    names = tuple(adapter.extras)
     raise NotRepresentable(
-        f"{len(adapter.extras)} tensors are no modules that {layout.id} can hold ({first}; {size / 2**20:.1f} MiB)",
-        modules=tuple(adapter.extras),
+        f"{len(names)} tensors are no modules that {layout.id} can hold ({few(names)}; {size / 2**20:.1f} MiB)",
+        modules=names,
         hint="leave them out with --drop-extras",
     )

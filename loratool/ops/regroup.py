@@ -138,7 +138,7 @@ def _without_dead(part: Module, pieces: Sequence[_Piece], ranks: Sequence[int] |
     source = pieces[0].source
     if any(piece.source is not source for piece in pieces):
         return part
-    if ranks is not None and len(ranks) == len(source.targets) and sum(ranks) == source.rank:
+    if ranks is not None and sum(ranks) == source.rank:
         starts = [sum(ranks[:i]) for i in range(len(ranks))]
         keep: list[int] = []
         for piece in pieces:

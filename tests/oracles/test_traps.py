@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from loratool.ops.convert_file import convert_file
 from loratool.ops.open import open_adapter
+from tests.oracles.models import SHARED_DATA
 
 WIDTH = 3072
 STEM = "lora_unet_double_blocks_0_img_attn_qkv"
@@ -58,7 +59,7 @@ def test_trap_12_is_not_said_of_other_files(tmp_path: Path) -> None:
 
 def test_trap_10_locon_dims_by_kernel(tmp_path: Path) -> None:
     """1x1 convolutions and `time_emb_proj` take dim, only 3x3 ones conv_dim; what the header states stays true."""
-    source = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "kohya" / "sd15_locon.safetensors"
+    source = SHARED_DATA / "kohya" / "sd15_locon.safetensors"
     if not source.exists():
         pytest.skip("no ../shared/data here")
     by_kernel = {(module.shape[2:] in ((), (1, 1)), module.rank) for module in open_adapter(source).modules}
