@@ -90,6 +90,27 @@ def write_lora(path: Path, architecture: str, rank: int, metadata: Mapping[str, 
     return len(modules)
 
 
+def header_of(architecture: str) -> dict[str, str]:
+    """The header entries of a file for this model."""
+    return dict(_METADATA[architecture])
+
+
+def write_trained(path: Path, architecture: str, rank: int, seed: int = 0) -> int:
+    """Writes a LoRA with the spectrum of a trained one (see `_trained.py`); returns the size of the file."""
+    run([PYTHON, str(Path(__file__).with_name("_trained.py")), architecture, str(rank), str(seed), str(path)])
+    return path.stat().st_size
+
+
+def fresh(output: Path) -> Callable[[], None]:
+    """Removes the last output and lets the disk finish: nobody pays for what another process wrote."""
+
+    def prepare() -> None:
+        output.unlink(missing_ok=True)
+        os.sync()
+
+    return prepare
+
+
 _METADATA = {
     "sd15": {"ss_network_module": "networks.lora", "ss_base_model_version": "sd_v1"},
     "sdxl": {"ss_network_module": "networks.lora", "ss_base_model_version": "sdxl_base_v1-0"},
@@ -213,6 +234,11 @@ def ratio(what: str, ours: Runs, baseline: Runs, allowed: float) -> Budget:
     """Median wall time over the baseline's, in the same run."""
     detail = f"{ours.seconds:.3f} s / {baseline.seconds:.3f} s"
     return Budget(what, ours.seconds / baseline.seconds, allowed, "x", detail)
+
+
+def seconds(what: str, ours: Runs, allowed: float) -> Budget:
+    """Median wall time against `allowed` seconds."""
+    return Budget(what, ours.seconds, allowed, "s")
 
 
 def memory(what: str, ours: Runs, allowed: float) -> Budget:

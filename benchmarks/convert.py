@@ -8,12 +8,10 @@ gets its name and read back and compared (the default); the baseline does neithe
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from _measure import LORATOOL, MB, PYTHON, Budget, Runs, folder, in_turns, memory, ratio, verdict, write_lora
+from _measure import LORATOOL, MB, PYTHON, Budget, Runs, folder, fresh, in_turns, memory, ratio, verdict, write_lora
 
 TIMES = 1.5
 HASHES = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8}
@@ -40,17 +38,7 @@ def measured(path: Path, output: Path, times: int) -> dict[str, Runs]:
         "ours": ours,
         "unverified": [*ours, "--no-verify"],
     }
-    return in_turns(commands, times, _fresh(output))
-
-
-def _fresh(output: Path) -> Callable[[], None]:
-    """Removes the last output and lets the disk finish: nobody pays for what another process wrote."""
-
-    def prepare() -> None:
-        output.unlink(missing_ok=True)
-        os.sync()
-
-    return prepare
+    return in_turns(commands, times, fresh(output))
 
 
 def main() -> int:

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from loratool.ops.convert import convert
     from loratool.ops.convert_file import convert_file
     from loratool.ops.inspect import inspect
+    from loratool.ops.merge import merge
+    from loratool.ops.merge_files import merge_files
     from loratool.ops.open import open_adapter
+    from loratool.ops.replay import replay_file
+    from loratool.ops.resize import resize
+    from loratool.ops.resize_file import resize_file
     from loratool.ops.save import save
 
 _HOME = {
@@ -24,11 +29,29 @@ _HOME = {
     "convert": "loratool.ops.convert",
     "convert_file": "loratool.ops.convert_file",
     "inspect": "loratool.ops.inspect",
+    "merge": "loratool.ops.merge",
+    "merge_files": "loratool.ops.merge_files",
     "open_adapter": "loratool.ops.open",
+    "replay_file": "loratool.ops.replay",
+    "resize": "loratool.ops.resize",
+    "resize_file": "loratool.ops.resize_file",
     "save": "loratool.ops.save",
 }
 
-__all__ = ["Adapter", "LoratoolError", "convert", "convert_file", "inspect", "open_adapter", "save"]
+__all__ = [
+    "Adapter",
+    "LoratoolError",
+    "convert",
+    "convert_file",
+    "inspect",
+    "merge",
+    "merge_files",
+    "open_adapter",
+    "replay_file",
+    "resize",
+    "resize_file",
+    "save",
+]
 
 
 def __getattr__(name: str) -> object:

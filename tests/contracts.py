@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from math import prod
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +15,11 @@ import torch
 from loratool.core.adapter import Bundle
 from loratool.core.architecture import Architecture, Voice
 from loratool.core.errors import NotExact
-from loratool.core.family import Factors, Family, Part
+from loratool.core.family import Factors, Family, Part, Product
 from loratool.core.layout import Layout
+from loratool.core.method import Method, Update
 from loratool.core.target import Target
+from loratool.core.tensor import LazyTensor
 
 # A PEFT folder and a diffusers component folder each hold one component, which their names do not tell.
 ONE_COMPONENT_LAYOUTS = frozenset({"peft"})
@@ -124,6 +131,7 @@ def check_family(
         _check_scale(family, factors, name)
         _check_rows(family, factors, whole / family.scale(shapes, alpha), name)
         _check_components(family, factors, name)
+        _check_product(family, factors, name)
 
 
 def dense(family: Family, factors: Factors, scale: float = 1.0) -> torch.Tensor:
@@ -199,6 +207,57 @@ def _check_components(family: Family, factors: Factors, name: str) -> None:
     assert_same(dense(family, kept), dense(family, factors), f"{name}: its live components")
 
 
+def _check_product(family: Family, factors: Factors, name: str) -> None:
+    """The product is (part of) the update: put back it changes nothing, its norm times `gain` is the update's, and a
+    product of a lower rank makes a whole module of the same shape."""
+    shapes = {role: factor.shape for role, factor in factors.items()}
+    loaded = {role: factor.load().double() for role, factor in factors.items()}
+    whole, product = dense(family, factors), family.product(factors)
+    left = product.left.load()
+    if product.right is None:
+        matrix = left
+    elif product.core is None:
+        matrix = left @ product.right.load()
+    else:
+        matrix = torch.einsum("mp,pqk,qn->mnk", left, product.core.load().flatten(2), product.right.load()).flatten(1)
+    if product.whole:
+        assert_same((matrix.T if product.transposed else matrix).reshape(whole.shape), whole, f"{name}: its product")
+    gain = family.gain(loaded)
+    assert gain * float(matrix.norm()) == pytest.approx(float(whole.norm()), rel=1e-9), name
+    assert product.rank >= 1, name
+    if product.right is not None:
+        again = family.with_product(factors, product)
+        assert {role: factor.shape for role, factor in again.items()} == shapes, name
+        assert_same(dense(family, again), whole, f"{name}: its own product put back")
+    for rank in range(1, min(product.rank, 4)):
+        one = LazyTensor.from_torch(left[:, :1].repeat(1, rank).contiguous())
+        row = matrix[:1] if product.right is None else product.right.load()[:1]
+        other = LazyTensor.from_torch(row.repeat(rank, 1).contiguous())
+        core = (
+            None
+            if product.core is None
+            else LazyTensor.from_torch(
+                product.core.load()[:1, :1].repeat(rank, rank, *(1,) * (len(product.core.shape) - 2)).contiguous()
+            )
+        )
+        made = family.with_product(factors, Product(one, other, core, product.whole, product.transposed))
+        kept = {role: factor.shape for role, factor in made.items()}
+        assert family.problem(kept) is None, f"{name} at rank {rank}: {family.problem(kept)}"
+        assert prod(family.shape(kept)) == prod(family.shape(shapes)), f"{name} at rank {rank}"
+        assert family.shape(kept)[0] == family.shape(shapes)[0], f"{name} at rank {rank}"
+        assert family.product(made).rank == rank, f"{name} at rank {rank}"
+        assert family.scale(kept, family.alpha(kept, 0.3)) == pytest.approx(0.3), f"{name} at rank {rank}"
+    assert family.scaled(factors, 1.0) == dict(factors), name
+    for by in (-0.5, 3.0, 0.0):
+        made = family.scaled(factors, by)
+        assert {role: (f.shape, f.dtype) for role, f in made.items()} == {
+            role: (f.shape, f.dtype) for role, f in factors.items()
+        }, name
+        assert_same(dense(family, made), whole * by, f"{name} times {by}")
+        if "bias" in factors:
+            assert_same(made["bias"].load(), factors["bias"].load() * by, f"{name}: its bias times {by}")
+
+
 # -- layouts --------------------------------------------------------------------------------------------------------
 
 
@@ -236,3 +295,136 @@ def assert_same_tensors(left: Bundle, right: Bundle) -> None:
 
 def _without(metadata: Mapping[str, str], entries: set[str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key not in entries}
+
+
+# -- merge methods --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairUpdate:
+    """An update for tests: a pair of factors with the scale in them."""
+
+    index: int
+    name: str
+    left: torch.Tensor
+    right: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[0], self.right.shape[1]
+
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.left, self.right
+
+    def dense(self) -> torch.Tensor:
+        return self.left @ self.right
+
+
+NEUTRAL = {"density": 1.0, "epsilon": 0.0, "gamma": 0.0}
+ACTIVE = {"density": 0.6, "epsilon": 0.2, "gamma": 0.1, "select_topk": 0.5, "t": 0.2}
+"""Option values with which a method does all that it can do."""
+
+
+def random_updates(ranks: Iterable[int], shape: tuple[int, int] = (12, 9), seed: int = 0) -> list[PairUpdate]:
+    """float64 updates of one weight, of these ranks; rank 0 is an adapter without the module."""
+    noise = torch.Generator().manual_seed(seed)
+    out, columns = shape
+    return [
+        PairUpdate(
+            index,
+            "blocks.0.attn",
+            torch.randn(out, rank, generator=noise, dtype=torch.float64),
+            torch.randn(rank, columns, generator=noise, dtype=torch.float64),
+        )
+        for index, rank in enumerate(ranks)
+    ]
+
+
+def merged(method: Method, updates: Sequence[Update], weights: Sequence[float], **options: Any) -> torch.Tensor:
+    """What a method makes of some updates, dense. Checks shape, dtype and that every value is finite."""
+    found = method.apply(updates, weights, options)
+    if isinstance(found, tuple):
+        left, right = found
+        assert left.shape[1] == right.shape[0], method.id
+        found = left @ right
+    assert tuple(found.shape) == updates[0].shape, method.id
+    assert found.dtype == updates[0].dense().dtype, f"{method.id} changes the dtype"
+    assert torch.isfinite(found).all(), f"{method.id}: not finite with weights {list(weights)}, {options}"
+    return found
+
+
+def check_merge_method(method: Method) -> None:
+    """One input is itself, order matters just where the method says so, and no input gives NaN."""
+    assert all((method.title, method.source, method.when)) and len(method.formula.splitlines()) == 1
+    fewest, most = method.inputs
+    assert fewest == 1, "one input is itself"
+    for option in method.options.values():
+        assert option.default is not inspect.Parameter.empty, f"{method.id}: {option.name} has no default"
+    neutral = {name: value for name, value in NEUTRAL.items() if name in method.options}
+    active = {name: value for name, value in ACTIVE.items() if name in method.options}
+    _check_identity(method, neutral)
+    _check_degenerate(method, [{}, neutral, active], 2 if most == 2 else 3)
+    _check_order(method, active, 2 if most == 2 else 3)
+    _check_inputs_stay(method, active)
+    if method.exact:
+        updates, weights = random_updates((2, 3, 0)), (0.5, -1.5, 2.0)
+        expected = sum((u.dense() * w for u, w in zip(updates, weights)), torch.zeros(12, 9, dtype=torch.float64))
+        assert_same(merged(method, updates, weights), expected, f"{method.id} calls itself exact")
+
+
+def _check_identity(method: Method, neutral: Mapping[str, Any]) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+        one = random_updates((3,))[0]
+        one = PairUpdate(0, one.name, one.left.to(dtype), one.right.to(dtype))
+        assert_same(merged(method, [one], [1.0], **neutral), one.dense(), f"{method.id}: one input", tolerance)
+    assert_same(merged(method, [one], [1.0]), one.dense(), f"{method.id}: one input, defaults", 2e-6)
+
+
+def _check_degenerate(method: Method, settings: Iterable[Mapping[str, Any]], inputs: int) -> None:
+    full, other, missing = random_updates((2, 2, 0))
+    groups = {
+        "missing": [missing] * inputs,
+        "some missing": [full, missing, other][:inputs],
+        "zero": [_times(full, 0.0)] * inputs,
+        "some zero": [full, _times(full, 0.0), other][:inputs],
+        "parallel": [full, _times(full, 3.0), full][:inputs],
+        "nearly parallel": [full, _times(full, 1 + 1e-9), full][:inputs],
+        "opposite": [full, _times(full, -1.0), full][:inputs],
+        "opposite, unlike": [full, _times(full, -2.5), missing][:inputs],
+        "tiny": [_times(full, 1e-12), _times(other, 1e-12), _times(full, -1e-12)][:inputs],
+        "uneven": [_times(full, 1e6), _times(other, 1e-6), full][:inputs],
+    }
+    for options in settings:
+        for name, group in groups.items():
+            for weights in ((1.0, 1.0, 1.0), (0.5, -0.5, 0.0), (0.0, 0.0, 0.0), (-1.0, 2.0, 0.3)):
+                for dtype in (torch.float64, torch.float32):
+                    updates = [
+                        PairUpdate(index, u.name, u.left.to(dtype), u.right.to(dtype)) for index, u in enumerate(group)
+                    ]
+                    found = merged(method, updates, weights[:inputs], **options)
+                    largest = max(float(u.dense().abs().max()) for u in updates)
+                    assert found.abs().max() <= 100 * largest, f"{method.id} blows up what is {name}"
+
+
+def _times(update: PairUpdate, factor: float) -> PairUpdate:
+    return PairUpdate(update.index, update.name, update.left * factor, update.right)
+
+
+def _check_order(method: Method, active: Mapping[str, Any], inputs: int) -> None:
+    """In another order, every adapter gets another index, as on the command line."""
+    updates, weights = random_updates([2] * inputs), [1.0, 0.4, 0.7][:inputs]
+    same = []
+    for order in permutations(range(inputs)):
+        moved = [PairUpdate(new, updates[old].name, *updates[old].pair()) for new, old in enumerate(order)]
+        found = merged(method, moved, [weights[old] for old in order], **active)
+        expected = merged(method, updates, weights, **active)
+        same.append(float((found - expected).norm()) <= 1e-9 * float(expected.norm()))
+    assert all(same) is method.symmetric, f"{method.id}: symmetric is {method.symmetric}, same results: {same}"
+
+
+def _check_inputs_stay(method: Method, active: Mapping[str, Any]) -> None:
+    updates, untouched = random_updates((2, 2)), random_updates((2, 2))
+    first = merged(method, updates, [1.0, -0.5], **active)
+    assert torch.equal(first, merged(method, updates, [1.0, -0.5], **active)), f"{method.id} is not reproducible"
+    for update, before in zip(updates, untouched):
+        assert torch.equal(update.left, before.left) and torch.equal(update.right, before.right), method.id

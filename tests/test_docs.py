@@ -17,13 +17,26 @@ import typer.main
 import loratool
 from loratool.cli.info import info as info_command
 from loratool.cli.main import app
-from loratool.core.registry import architectures, families, layouts
+from loratool.core.registry import architectures, families, layouts, methods
 from loratool.ops.approximate import Approximated
+from loratool.ops.blocks import blocks_of
 from loratool.ops.convert_file import convert_file
 from loratool.ops.inspect import inspect
+from loratool.ops.made import Held
+from loratool.ops.merge import MergedModule
+from loratool.ops.merge_files import Asked, merge_files
+from loratool.ops.open import open_adapter
+from loratool.ops.ranks import parse_rule
+from loratool.ops.replay import replay_file
+from loratool.ops.resize_file import resize_file
 from loratool.ops.save import Proof
+from loratool.report import blocks as blocks_report
 from loratool.report import convert as convert_report
 from loratool.report import info as info_report
+from loratool.report import merge as merge_report
+from loratool.report import methods as methods_report
+from loratool.report import replay as replay_report
+from loratool.report import resize as resize_report
 from tests.builders import build, typical_parts, write_file
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +111,12 @@ def file(tmp_path: Path) -> Path:
 def test_json_fields(file: Path, tmp_path: Path) -> None:
     info = info_report.as_json(inspect(file, keys=True))
     report = convert_report.as_json(convert_file(file, "diffusers", tmp_path / "out.safetensors"))
+    blocks = blocks_report.as_json(blocks_of(open_adapter(file)))
+    resized = resize_report.as_json(
+        resize_file(file, [parse_rule("rank", "2")], tmp_path / "small.safetensors"), modules=True
+    )
+    (outcome,) = resized["outcomes"]
+    assert outcome["held"].keys() == {field.name for field in fields(Held)}
     assert report["proof"].keys() == {field.name for field in fields(Proof)}
     expected = {
         "loratool info --json": info,
@@ -108,8 +127,35 @@ def test_json_fields(file: Path, tmp_path: Path) -> None:
         "loratool convert --json": report,
         "approximated": [field.name for field in fields(Approximated)],
         "proof": report["proof"],
+        "loratool blocks --json": blocks,
+        "blocks": blocks["blocks"][0],
+        "loratool resize --json": resized,
+        "outcomes": outcome,
+        "outcomes: modules": outcome["modules"][0],
+        "outcomes: components": outcome["components"][0],
+        "held": outcome["held"],
+        **merge_fields(file, tmp_path),
     }
     assert sections(DOCS / "json.md") == {name: list(value) for name, value in expected.items()}
+
+
+def merge_fields(file: Path, tmp_path: Path) -> dict[str, Any]:
+    """The fields of what `merge` and `replay` tell, by their sections."""
+    small = write_file(tmp_path / "few.safetensors", build(typical_parts("sd15", "kohya")[:4], "kohya"))
+    output = tmp_path / "merged.safetensors"
+    merged = merge_report.as_json(merge_files([Asked(str(small))], output, methods()["concat"]), modules=True)
+    replayed = replay_report.as_json(replay_file(output))
+    assert merged["held"].keys() == {field.name for field in fields(Held)}
+    row = MergedModule("", "", (), 1, 1.0, 0.0)
+    return {
+        "loratool merge --json": merged,
+        "merge: inputs": merged["inputs"][0],
+        "merge: approximated": merge_report.approximated(row),
+        "merge: module_list": merged["module_list"][0],
+        "loratool merge --list-methods --json": methods_report.as_json(list(methods().values()))[0],
+        "loratool replay --json": replayed,
+        "replay: inputs": replayed["inputs"][0],
+    }
 
 
 def test_json_of_a_file_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,8 +166,13 @@ def test_json_of_a_file_that_cannot_be_read(tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize(
     ("page", "ids"),
-    [("formats.md", layouts()), ("architectures.md", architectures()), ("mathematics.md", families())],
-    ids=["layouts", "architectures", "families"],
+    [
+        ("formats.md", layouts()),
+        ("architectures.md", architectures()),
+        ("mathematics.md", families()),
+        ("merging.md", methods()),
+    ],
+    ids=["layouts", "architectures", "families", "methods"],
 )
 def test_every_plugin_is_named(page: str, ids: dict[str, object]) -> None:
     text = (DOCS / page).read_text(encoding="utf-8")

@@ -27,8 +27,8 @@ LEVELS = (
 )
 """Who may import whom: a folder itself and every level before its own."""
 
-PLUGINS = {"architectures": "ARCHITECTURE", "layouts": "LAYOUT", "families": "FAMILY"}
-PLUGIN_FOLDERS = frozenset({*PLUGINS, "merging", "checks"})
+PLUGINS = {"architectures": "ARCHITECTURE", "layouts": "LAYOUT", "families": "FAMILY", "merging": "METHOD"}
+PLUGIN_FOLDERS = frozenset({*PLUGINS, "checks"})
 TENSOR_LIBRARIES = frozenset({"torch", "numpy"})
 TENSOR_FOLDERS = frozenset({"ops", "merging"})
 HEADER_ONLY = ("ops/open.py", "ops/inspect.py")
@@ -173,7 +173,12 @@ def plugin_files(folder: str) -> list[Path]:
 
 @pytest.mark.parametrize("folder", PLUGINS)
 def test_a_plugin_is_one_object_in_a_file_of_its_name(folder: str) -> None:
-    listed = {"architectures": registry.architectures, "layouts": registry.layouts, "families": registry.families}
+    listed = {
+        "architectures": registry.architectures,
+        "layouts": registry.layouts,
+        "families": registry.families,
+        "merging": registry.methods,
+    }
     found = {}
     for path in plugin_files(folder):
         names = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from loratool.core.blocks import Blocks, Span, numbered
 from loratool.core.naming import Naming
 from loratool.core.target import Target
 
@@ -33,6 +34,51 @@ class UNet(NamedTuple):
     def time(self) -> int:
         """Width of the time embedding."""
         return 4 * self.widths[0]
+
+
+# The lists of sd-webui-lora-block-weight and of sd-scripts' svd_merge_lora.py, which have the same orders.
+EVERY_BLOCK = ("BASE", *numbered("IN", 0, 11), "M00", *numbered("OUT", 0, 11))
+"""26 values: every block of Stable Diffusion 1."""
+
+ATTENTION_BLOCKS = ("BASE", "IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "M00", *numbered("OUT", 3, 11))
+"""17 values: the blocks of Stable Diffusion 1 that have attention."""
+
+PRESETS = {
+    "INS": ("BASE", "IN01", "IN02", "IN04"),
+    "IND": ("BASE", "IN05", "IN07", "IN08"),
+    "INALL": ("BASE", "IN01", "IN02", "IN04", "IN05", "IN07", "IN08"),
+    "MIDD": ("BASE", "IN05", "IN07", "IN08", "M00", *numbered("OUT", 3, 6)),
+    "OUTD": ("BASE", *numbered("OUT", 3, 6)),
+    "OUTS": ("BASE", *numbered("OUT", 7, 11)),
+    "OUTALL": ("BASE", *numbered("OUT", 3, 11)),
+}
+"""The extension's presets, which it keeps as lists of 17 values: what such a list does not name is turned off."""
+
+
+def unet_blocks(spec: UNet, lists: tuple[tuple[str, ...], ...], text_encoders: tuple[str, ...]) -> Blocks:
+    """The blocks of a pipeline with one of these UNets: `BASE` is its text encoders, the rest the ldm naming's.
+
+    The embeddings count as the first block and the output layers as the last one, as where checkpoints are merged by
+    blocks (merge-block-weighted).
+    """
+    last = len(spec.widths) * (spec.layers + 1) - 1
+    unet = (
+        ("input_blocks.", "IN{}"),
+        ("middle_block.", "M00"),
+        ("output_blocks.", "OUT{}"),
+        ("time_embed.", "IN00"),
+        ("label_emb.", "IN00"),
+        ("out.", f"OUT{last:02d}"),
+    )
+    return Blocks(
+        labels=("BASE", *numbered("IN", 0, last), "M00", *numbered("OUT", 0, last)),
+        spans=(
+            *(Span(component, "hf", "", "BASE") for component in text_encoders),
+            *(Span("unet", "ldm", prefix, label) for prefix, label in unet),
+        ),
+        lists=lists,
+        presets=PRESETS,
+    )
 
 
 def unet_namings(spec: UNet, component: str = "unet") -> dict[str, Naming]:

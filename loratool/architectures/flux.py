@@ -9,6 +9,7 @@ from typing import NamedTuple
 from loratool.architectures._clip import clip_l_namings
 from loratool.architectures._t5 import T5_XXL, t5_namings
 from loratool.core.architecture import Architecture, Checkpoint, Voice
+from loratool.core.blocks import Blocks, Span, numbered
 from loratool.core.naming import Naming
 from loratool.core.target import Target
 
@@ -148,6 +149,23 @@ def _text_encoder_2() -> dict[str, Naming]:
     return t5_namings(T5_XXL, "text_encoder_2")
 
 
+_NUMBERED_BLOCKS = (*numbered("D", 0, 18), *numbered("S", 0, 37))
+_EVERY_BLOCK = ("CLIP", "T5", "IN", *_NUMBERED_BLOCKS, "OUT")
+
+BLOCKS = Blocks(
+    labels=_EVERY_BLOCK,
+    spans=(
+        Span("text_encoder", "hf", "", "CLIP"),
+        Span("text_encoder_2", "hf", "", "T5"),
+        Span(COMPONENT, "bfl", "double_blocks.", "D{}"),
+        Span(COMPONENT, "bfl", "single_blocks.", "S{}"),
+        Span(COMPONENT, "bfl", "final_layer.", "OUT"),
+        Span(COMPONENT, "bfl", "", "IN"),  # img_in, txt_in, time_in, vector_in, guidance_in
+    ),
+    # 61 values is the list of sd-webui-lora-block-weight.
+    lists=(_NUMBERED_BLOCKS, _EVERY_BLOCK),
+)
+
 ARCHITECTURE = Architecture(
     id="flux",
     title="FLUX.1",
@@ -239,4 +257,5 @@ ARCHITECTURE = Architecture(
         ),
     ),
     facts={"ss_base_model_version": "flux1", "modelspec.architecture": "flux-1-dev/lora"},
+    blocks=BLOCKS,
 )

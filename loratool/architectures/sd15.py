@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loratool.architectures._clip import clip_l_namings
-from loratool.architectures._unet import UNet, unet_namings
+from loratool.architectures._unet import ATTENTION_BLOCKS, EVERY_BLOCK, UNet, unet_blocks, unet_namings
 from loratool.core.architecture import Architecture, Checkpoint, Voice
 from loratool.core.naming import Naming
 
@@ -81,4 +81,5 @@ ARCHITECTURE = Architecture(
         "ss_v2": "False",
         "modelspec.architecture": "stable-diffusion-v1/lora",
     },
+    blocks=unet_blocks(UNET, (ATTENTION_BLOCKS, EVERY_BLOCK), ("text_encoder",)),
 )

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from loratool.architectures._clip import CLIP_G, clip_l_namings, open_clip_namings
-from loratool.architectures._unet import UNet, unet_namings
+from loratool.architectures._unet import ATTENTION_BLOCKS, EVERY_BLOCK, UNet, unet_blocks, unet_namings
 from loratool.core.architecture import Architecture, Checkpoint, Voice
+from loratool.core.blocks import numbered
 from loratool.core.naming import Naming
 
 UNET = UNet(widths=(320, 640, 1280), depths=(0, 2, 10), mid_depth=10, context=2048, linear_projection=True, added=2816)
+
+
+LISTS = (
+    ("BASE", "IN04", "IN05", "IN07", "IN08", "M00", *numbered("OUT", 0, 5)),  # the blocks with attention
+    ("BASE", *numbered("IN", 0, 8), "M00", *numbered("OUT", 0, 8)),  # all blocks
+    # The lists of Stable Diffusion 1, which the extension takes for XL, too, label by label.
+    ATTENTION_BLOCKS,
+    EVERY_BLOCK,
+)
 
 
 def _unet() -> dict[str, Naming]:
@@ -107,4 +117,5 @@ ARCHITECTURE = Architecture(
         "ss_v2": "False",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
     },
+    blocks=unet_blocks(UNET, LISTS, ("text_encoder", "text_encoder_2")),
 )

@@ -56,6 +56,7 @@ def convert(
     from loratool.ops.convert_file import convert_file
     from loratool.ops.open import layout_named
     from loratool.report import convert as report
+    from loratool.report.progress import progress as bars
 
     with told_plainly():
         layout = layouts()[layout_named(to)]
@@ -63,7 +64,7 @@ def convert(
         wish = check_options(approximate, rank, energy)
         if base is not None:
             check_output(output, [base], layout.folder, overwrite)
-        with report.progress(err()) as progress:
+        with bars(err()) as progress:
             done = convert_file(
                 file,
                 layout.id,

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import typer
 
+from loratool.cli.blocks import blocks
 from loratool.cli.convert import convert
 from loratool.cli.info import info
+from loratool.cli.merge import merge
+from loratool.cli.replay import replay
+from loratool.cli.resize import resize
 
 app = typer.Typer(
     name="loratool",
@@ -34,3 +38,7 @@ def _root(
 
 app.command()(info)
 app.command()(convert)
+app.command()(blocks)
+app.command()(resize)
+app.command()(merge)
+app.command()(replay)

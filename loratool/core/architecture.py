@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 
+from loratool.core.blocks import Blocks
 from loratool.core.naming import Naming
 from loratool.core.target import Target
 
@@ -65,7 +66,8 @@ class Architecture:
     the canonical (diffusers / transformers) naming. Nothing is built before it is asked for.
     `writes[layout][component]` is the voice a layout is written in; `reads[layout][component]` more
     voices that occur in files. `facts` are `ss_*` / `modelspec.*` metadata that are true of every
-    adapter for this model. An `open` architecture has no tables: any name is a target.
+    adapter for this model. `blocks` are the parts that block weights may be given for, None where no list of them is
+    known. An `open` architecture has no tables: any name is a target.
     """
 
     id: str
@@ -75,6 +77,7 @@ class Architecture:
     reads: Mapping[str, Mapping[str, tuple[Voice, ...]]] = field(default_factory=dict)
     checkpoints: tuple[Checkpoint, ...] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
+    blocks: Blocks | None = None
     open: bool = False
 
     def namings(self, component: str) -> Namings:

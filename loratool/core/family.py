@@ -27,6 +27,29 @@ class Part:
     gain: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Product:
+    """The part of a module that ranks can be cut from: `left @ right`, `(m, rank)` and `(rank, n)`, kernels flattened.
+
+    `right` is None where `left` is a whole matrix. Of a Tucker module `core` `(p, q, *kernel)` stands between `left`
+    `(m, p)` and `right` `(q, n)`. `whole`: the product times the scale is the update (`transposed`: its transpose);
+    else the update's norm is that of the product times scale and `gain`.
+    """
+
+    left: LazyTensor
+    right: LazyTensor | None
+    core: LazyTensor | None = None
+    whole: bool = True
+    transposed: bool = False
+
+    @property
+    def rank(self) -> int:
+        """The rank as it is stored: that of a whole matrix is its smaller side."""
+        if self.core is not None:
+            return max(self.core.shape[:2])
+        return min(self.left.shape) if self.right is None else self.right.shape[0]
+
+
 class Family(Protocol):
     """One kind of adapter. Shapes are those of the stored factors, by role; nothing is read for them."""
 
@@ -67,3 +90,15 @@ class Family(Protocol):
 
     def stacked(self, parts: Sequence[Part]) -> Factors:
         """Factors whose update has the rows of `parts` one below the other. Raises NotExact if there are none."""
+
+    def product(self, factors: Factors) -> Product:
+        """The part of the module that ranks can be cut from; nothing is read."""
+
+    def with_product(self, factors: Factors, product: Product) -> Factors:
+        """Factors with another product (of the same `whole`, `transposed`) in its place; alpha / rank is not kept."""
+
+    def gain(self, factors: Mapping[str, Tensor]) -> float:
+        """Norm of the update over that of its product (Frobenius), without the scale."""
+
+    def scaled(self, factors: Factors, gain: float) -> Factors:
+        """Factors of the update times `gain`, each rounded once to its dtype."""

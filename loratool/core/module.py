@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING
 
 from loratool.core.errors import NotExact
-from loratool.core.family import Factors, Family, Shapes
+from loratool.core.family import Factors, Family, Product, Shapes
 from loratool.core.target import Target
 from loratool.core.tensor import LazyTensor
 
@@ -41,10 +42,20 @@ class Module:
         """Stored shape of every factor, by role."""
         return {role: factor.shape for role, factor in self.factors.items()}
 
+    @cached_property
+    def product(self) -> Product:
+        """The part of the module that ranks can be cut from."""
+        return self.family.product(self.factors)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the update, `(out, in)` or `(out, in, kh, kw)`."""
         return self.family.shape(self.shapes)
+
+    @property
+    def delta_width(self) -> int:
+        """Columns of the update with its kernel flattened: in * kh * kw."""
+        return prod(self.shape[1:])
 
     @property
     def rank(self) -> int:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from loratool.core.architecture import Architecture
     from loratool.core.family import Family
     from loratool.core.layout import Layout
+    from loratool.core.method import Method
 
 
 def _discover(folder: str, attribute: str) -> dict[str, Any]:
@@ -44,3 +45,9 @@ def layouts() -> Mapping[str, Layout]:
 def families() -> Mapping[str, Family]:
     """Every known kind of adapter by id."""
     return _discover("families", "FAMILY")
+
+
+@cache
+def methods() -> Mapping[str, Method]:
+    """Every known way to merge by id. Imports torch."""
+    return _discover("merging", "METHOD")

@@ -319,6 +319,14 @@ def concatenated(tensors: Sequence[LazyTensor]) -> LazyTensor:
     return LazyTensor((rows, *first.shape[1:]), first.dtype, Joined([t.source for t in tensors]))
 
 
+def scaled(tensor: LazyTensor, gain: float) -> LazyTensor:
+    """The tensor times `gain`, computed in float64 and rounded once to its dtype; itself if `gain` is 1."""
+    if gain == 1.0:
+        return tensor
+    dtype = tensor.dtype
+    return LazyTensor.computed(tensor.shape, dtype, lambda: (tensor.load().double() * gain).to(torch_dtype(dtype)))
+
+
 def torch_dtype(code: str) -> torch.dtype:
     """torch's dtype for a safetensors code. Raises FormatError when torch has none."""
     import torch

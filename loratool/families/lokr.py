@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loratool.core.errors import NotExact
-from loratool.core.family import Factors, Part, Shapes
-from loratool.core.tensor import concatenated, same_bytes
+from loratool.core.family import Factors, Part, Product, Shapes
+from loratool.core.tensor import LazyTensor, concatenated, same_bytes, scaled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,6 +120,41 @@ class Lokr:
                 raise NotExact("parts of one fused weight differ in w2: their Kronecker products cannot be stacked")
         sides = [factors[left] for factors in present]
         return {**shared, left: concatenated(sides)}
+
+    def product(self, factors: Factors) -> Product:
+        """w2: ||kron(w1, w2)|| = ||w1|| ||w2||, so that cutting w2 optimally does so for the update, w1 being fixed."""
+        if "w2" in factors:
+            w2 = factors["w2"]
+            return Product(w2.reshape((w2.shape[0], w2.numel // w2.shape[0])), None, whole=False)
+        left, right = factors["w2_a"], factors["w2_b"]
+        if "t2" in factors:
+            return Product(_transposed(left), right, factors["t2"], whole=False)
+        return Product(left, right.reshape((right.shape[0], right.numel // right.shape[0])), whole=False)
+
+    def with_product(self, factors: Factors, product: Product) -> Factors:
+        """w2 as w2_a @ w2_b (with t2 where it had one)."""
+        right = product.right
+        assert right is not None
+        made = {role: factor for role, factor in factors.items() if role not in ("w2", "w2_a", "w2_b", "t2")}
+        if product.core is not None:
+            return {**made, "w2_a": _transposed(product.left), "w2_b": right, "t2": product.core}
+        if "w2_b" in factors:
+            right = right.reshape((right.shape[0], *factors["w2_b"].shape[1:]))
+        return {**made, "w2_a": product.left, "w2_b": right}
+
+    def gain(self, factors: Mapping[str, Tensor]) -> float:
+        """||w1||."""
+        w1 = factors["w1"] if "w1" in factors else factors["w1_a"] @ factors["w1_b"]
+        return float(w1.norm())
+
+    def scaled(self, factors: Factors, gain: float) -> Factors:
+        """w1 (or its left half) times `gain`."""
+        left = "w1" if "w1" in factors else "w1_a"
+        return {**factors, left: scaled(factors[left], gain)}
+
+
+def _transposed(matrix: LazyTensor) -> LazyTensor:
+    return LazyTensor.computed(matrix.shape[::-1], matrix.dtype, lambda: matrix.load().T.contiguous())
 
 
 def _left(shapes: Shapes) -> tuple[int, int]:

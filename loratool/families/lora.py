@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loratool.core.errors import NotExact
-from loratool.core.family import Factors, Part, Shapes
-from loratool.core.tensor import LazyTensor, concatenated, same_bytes
+from loratool.core.family import Factors, Part, Product, Shapes
+from loratool.core.tensor import LazyTensor, concatenated, same_bytes, scaled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,6 +147,42 @@ class Lora:
             stacked["bias"] = LazyTensor.computed((height,), bias.dtype, lambda: _stack_bias(parts, height))
         return stacked
 
+    def product(self, factors: Factors) -> Product:
+        """up @ down; for an embedding embedding_B @ embedding_A, which is the transposed update."""
+        if "embedding_A" in factors:
+            return Product(factors["embedding_B"], factors["embedding_A"], transposed=True)
+        return Product(_flat(factors["up"]), _flat(factors["down"]), factors.get("mid"))
+
+    def with_product(self, factors: Factors, product: Product) -> Factors:
+        """up and down in the shapes they had, at the product's rank; without a core, down carries the kernel."""
+        left, right, core = product.left, product.right, product.core
+        assert right is not None
+        if "embedding_A" in factors:
+            return {**factors, "embedding_B": left, "embedding_A": right}
+        ones = factors["up"].shape[2:]
+        made = {**factors, "up": left.reshape((*left.shape, *ones))}
+        if core is not None:
+            made |= {"down": right.reshape((*right.shape, *factors["down"].shape[2:])), "mid": core}
+            return made
+        kernel = factors["mid"].shape[2:] if "mid" in factors else factors["down"].shape[2:]
+        made["down"] = right.reshape((right.shape[0], factors["down"].shape[1], *kernel))
+        made.pop("mid", None)
+        return made
+
+    def gain(self, factors: Mapping[str, Tensor]) -> float:
+        """1: the product is the update."""
+        return 1.0
+
+    def scaled(self, factors: Factors, gain: float) -> Factors:
+        """up and bias times `gain`."""
+        halves = ("embedding_B",) if "embedding_A" in factors else ("up", "bias")
+        return {role: scaled(f, gain) if role in halves else f for role, f in factors.items()}
+
+
+def _flat(factor: LazyTensor) -> LazyTensor:
+    """A factor as a matrix, the kernel flattened into its columns."""
+    return factor.reshape((factor.shape[0], factor.numel // factor.shape[0]))
+
 
 def _halves(shapes: Shapes) -> tuple[str, str]:
     embedding = "embedding_A" in shapes or "embedding_B" in shapes
@@ -170,8 +206,8 @@ def _stack_up(
     row = 0
     for part, block, up in zip(parts, blocks, loaded, strict=True):
         if up is not None and block is not None:
-            scaled = up if part.gain == 1.0 else (up.double() * part.gain).to(up.dtype)
-            whole[row : row + part.height, starts[block] : starts[block] + up.shape[1]] = scaled
+            gained = up if part.gain == 1.0 else (up.double() * part.gain).to(up.dtype)
+            whole[row : row + part.height, starts[block] : starts[block] + up.shape[1]] = gained
         row += part.height
     return whole
 
@@ -182,8 +218,8 @@ def _stack_bias(parts: Sequence[Part], height: int) -> Tensor:
     row = 0
     for part, bias in zip(parts, loaded, strict=True):
         if bias is not None:
-            scaled = bias if part.gain == 1.0 else (bias.double() * part.gain).to(bias.dtype)
-            whole[row : row + part.height] = scaled
+            gained = bias if part.gain == 1.0 else (bias.double() * part.gain).to(bias.dtype)
+            whole[row : row + part.height] = gained
         row += part.height
     return whole
 

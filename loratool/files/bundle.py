@@ -12,7 +12,7 @@ from loratool.core.adapter import CONFIG, Bundle
 from loratool.core.errors import FormatError, LoratoolError
 from loratool.core.tensor import LazyTensor
 from loratool.files.atomic import atomic_write
-from loratool.files.safetensors import read_header, write_safetensors
+from loratool.files.safetensors import file_size, read_header, write_safetensors
 
 MODEL = "adapter_model.safetensors"
 PICKLES = (".pt", ".bin", ".ckpt", ".pth")
@@ -80,6 +80,16 @@ def adapters_in(path: str | os.PathLike[str]) -> list[str]:
         if entry.suffix == ".safetensors" or (entry.is_dir() and (entry / CONFIG).is_file())
     ]
     return [str(entry) for entry in found] or [str(path)]
+
+
+def adapter_files(place: Path) -> list[Path]:
+    """The files that an adapter is read from: itself, its config beside it, or those of each component of a folder."""
+    if not place.is_dir():
+        config = place.with_name(CONFIG)
+        return [config, place] if place.name == MODEL and config.is_file() else [place]
+    folders = [place, *filter(is_component_folder, sorted(place.iterdir()))]
+    named = [folder / name for folder in folders for name in (CONFIG, MODEL) if (folder / name).is_file()]
+    return named or sorted(file for file in place.iterdir() if file.suffix == ".safetensors")
 
 
 def _merged(place: Path, parts: Mapping[str, Path]) -> Bundle:
@@ -160,6 +170,13 @@ def write_bundle(
                 check(str(temporary))
         return
     _write_folder(place, bundle, overwrite, hashes, progress, check)
+
+
+def bundle_size(bundle: Bundle, folder: bool) -> int:
+    """Bytes that `write_bundle` would write, config files included."""
+    parts = _by_folder(bundle.tensors).values() if folder else [bundle.tensors]
+    sides = sum(len(text.encode()) for text in bundle.side_files.values())
+    return sum(file_size(tensors, bundle.metadata) for tensors in parts) + sides
 
 
 def _write_folder(

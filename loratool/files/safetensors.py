@@ -393,7 +393,7 @@ def write_safetensors(
     Writes straight to `path` and replaces what it holds; `files.atomic` makes that safe. Raises LoratoolError
     before anything is written for what the format cannot hold and for tensors that live in `path` itself.
     """
-    ordered = dict(sorted(tensors.items(), key=lambda item: (SERIAL_ORDER.get(item[1].dtype, 0), item[0])))
+    ordered = _in_order(tensors)
     entries = _entries_json(ordered)
     final = dict(metadata or {})
     if hashes:
@@ -423,6 +423,17 @@ def write_safetensors(
     finally:
         if digest is not None:
             digest.close()
+
+
+def file_size(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None) -> int:
+    """Bytes of the file that `write_safetensors` would write. Nothing is read or computed."""
+    header = _header_json(_entries_json(_in_order(tensors)), dict(metadata or {}) or None)
+    return len(header) + sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _in_order(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """As the serialiser sorts them."""
+    return dict(sorted(tensors.items(), key=lambda item: (SERIAL_ORDER.get(item[1].dtype, 0), item[0])))
 
 
 def _entries_json(ordered: Mapping[str, LazyTensor]) -> str:

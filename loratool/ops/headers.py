@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from loratool import __version__
 from loratool.core.adapter import Adapter
 from loratool.core.layout import Layout
-from loratool.ops import origin
+from loratool.ops import origin, recipe
 
 HISTORY = "loratool.history"
 
@@ -39,6 +40,59 @@ def converted_header(adapter: Adapter, source: Layout, layout: Layout, written: 
         alphas = Counter(float(m.rank if m.alpha is None else m.alpha) for m in adapter.modules)
         header["ss_network_alpha"] = _commonest(alphas, header["ss_network_alpha"])
     return header
+
+
+def made_header(
+    adapter: Adapter, source: Layout, layout: Layout, written: Mapping[str, str], made: Mapping[str, Any]
+) -> dict[str, str]:
+    """The header of a merged or resized file: as `converted_header`, with the recipe `made` that gives it again."""
+    header = converted_header(adapter, source, layout, written)
+    if "ss_network_args" in header:
+        header["ss_network_args"] = _network_args(header["ss_network_args"], adapter)
+    header[recipe.ENTRY] = recipe.encode(made)
+    note = {"op": made["command"], **{key: made[key] for key in ("method", "rule") if key in made}}
+    return with_history(header, note)
+
+
+def merged_metadata(
+    metadata: Sequence[Mapping[str, str]], names: Sequence[str], title: str, keep: str
+) -> dict[str, str]:
+    """The inputs' header entries that a merge keeps: those of the first, of all (the first that has one), or none.
+
+    What described one input alone and would be false of the merge is left out or said anew: title, date, recipe.
+    """
+    chosen = {"first": metadata[:1], "union": metadata, "none": []}[keep]
+    header: dict[str, str] = {}
+    for entries in chosen:
+        header = {**header, **{key: value for key, value in entries.items() if key not in header}}
+    header = {key: value for key, value in header.items() if key not in _ONE_FILE}
+    if any(key.startswith("modelspec.") for key in header):
+        header |= {"modelspec.title": title, "modelspec.merged_from": ", ".join(names)}
+    if "ss_output_name" in header:
+        header["ss_output_name"] = title
+    return header
+
+
+_ONE_FILE = frozenset({recipe.ENTRY, origin.ENTRY, HISTORY, "modelspec.date", "modelspec.thumbnail"})
+"""Entries that are true of one file only."""
+
+
+def _network_args(stated: str, adapter: Adapter) -> str:
+    """`ss_network_args` with the rank and alpha of k x k convolutions as they are now; "None" where there are none."""
+    try:
+        args = json.loads(stated)
+    except ValueError:
+        return stated
+    if not isinstance(args, dict):
+        return stated
+    kernels = [module for module in adapter.modules if any(size > 1 for size in module.shape[2:])]
+    for key, values in (
+        ("conv_dim", Counter[float](m.rank for m in kernels)),
+        ("conv_alpha", Counter[float](float(m.rank if m.alpha is None else m.alpha) for m in kernels)),
+    ):
+        if key in args:
+            args[key] = _commonest(values, str(args[key])) if values else None
+    return json.dumps(args)
 
 
 def _commonest(values: Counter[int] | Counter[float], stated: str) -> str:

@@ -1,9 +1,8 @@
-"""`loratool convert` as text and as JSON, and its progress."""
+"""`loratool convert` as text and as JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -91,34 +90,3 @@ def _proof(report: Report) -> str:
         f"{plural(proof.compared, 'update')} read back: {proof.bitwise:,} the same bit for bit, {rest:,} to rounding; "
         f"largest relative error {proof.worst:.1e} (limit {proof.tolerance:.0e})"
     )
-
-
-@contextmanager
-def progress(console: Console) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A progress bar on a terminal's stderr with speed and time left; None elsewhere."""
-    if not console.is_terminal:
-        yield None
-        return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    ) as bar:
-        writing = bar.add_task("writing", total=None)
-        verifying: list[Any] = []
-
-        def tell(stage: str, done: int, total: int) -> None:
-            if stage == "writing":
-                bar.update(writing, completed=done, total=total)
-                return
-            if not verifying:
-                verifying.append(bar.add_task("verifying", total=total))
-            bar.update(verifying[0], description=f"verifying {done}/{total}", completed=done, total=total)
-
-        yield tell

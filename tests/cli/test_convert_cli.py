@@ -19,7 +19,7 @@ from loratool.core.adapter import Bundle
 from loratool.core.tensor import LazyTensor
 from loratool.files import bundle as bundles
 from loratool.files.bundle import read_bundle
-from loratool.ops.convert import HEADER_ROOM
+from loratool.ops.spell import HEADER_ROOM
 from tests.builders import LAYOUTS, Part, Style, build, pair, spelled, typical_parts, weight, write_file, zero_file
 from tests.cli.test_info import BAD, HOSTILE, assert_fits, assert_inert, assert_one_line, conforms
 from tests.contracts import assert_same_tensors

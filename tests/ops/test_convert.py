@@ -23,10 +23,11 @@ from loratool.files import bundle as bundles
 from loratool.files.bundle import read_bundle
 from loratool.ops import origin
 from loratool.ops.compare import ROUNDING, compare
-from loratool.ops.convert import HEADER_ROOM, Converted, convert
+from loratool.ops.convert import Converted, convert
 from loratool.ops.convert_file import Report, convert_file
 from loratool.ops.open import open_adapter, understand
 from loratool.ops.save import NotTheSame
+from loratool.ops.spell import HEADER_ROOM
 from tests.builders import (
     ARCHITECTURES,
     LAYOUTS,

@@ -1,0 +1,281 @@
+"""`loratool merge`: one LoRA from several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from loratool.cli._common import err, out, print_json, told_plainly
+from loratool.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from loratool.core.method import Method
+    from loratool.ops.merge_files import Asked
+    from loratool.ops.ranks import Rule
+
+
+def _rule(flag: str, metavar: str, text: str) -> Any:
+    return typer.Option(flag, metavar=metavar, help=text, rich_help_panel="Rules for the ranks (one at most)")
+
+
+def _method(flag: str, metavar: str | None, text: str) -> Any:
+    return typer.Option(flag, metavar=metavar, help=text, rich_help_panel="Options of methods (see --list-methods)")
+
+
+def merge(
+    inputs: Annotated[
+        Optional[list[str]],
+        typer.Argument(metavar="IN[:WEIGHT]...", help="LoRA files or PEFT folders, each with its strength (1)."),
+    ] = None,
+    output: Annotated[
+        Optional[str], typer.Option("-o", "--output", metavar="OUT", help="The new file (peft: a folder).")
+    ] = None,
+    weights: Annotated[
+        Optional[str], typer.Option("--weights", metavar="W,W,...", help="The strengths of all inputs: 0.7,0.3.")
+    ] = None,
+    method: Annotated[str, typer.Option("--method", metavar="NAME", help="How to merge.")] = "concat",
+    list_methods: Annotated[
+        bool, typer.Option("--list-methods", help="Show the methods and their options, and do nothing else.")
+    ] = False,
+    density: Annotated[Optional[float], _method("--density", "D", "Share of the entries to keep, 0 to 1.")] = None,
+    epsilon: Annotated[
+        Optional[float], _method("--epsilon", "E", "How far the probabilities spread around density.")
+    ] = None,
+    flatten: Annotated[
+        Optional[bool], _method("--flatten/--no-flatten", None, "One angle for the whole matrix, or for each row.")
+    ] = None,
+    gamma: Annotated[Optional[float], _method("--gamma", "G", "Share of the largest entries to drop.")] = None,
+    lambda_: Annotated[Optional[float], _method("--lambda", "L", "A factor for the result.")] = None,
+    max_iter: Annotated[Optional[int], _method("--max-iter", "N", "Steps at most.")] = None,
+    normalize: Annotated[
+        Optional[bool], _method("--normalize/--no-normalize", None, "Whether strengths are shares.")
+    ] = None,
+    row_wise: Annotated[
+        Optional[bool], _method("--row-wise/--no-row-wise", None, "With --no-flatten: by columns instead of rows.")
+    ] = None,
+    seed: Annotated[Optional[int], _method("--seed", "N", "For random methods.")] = None,
+    select_topk: Annotated[
+        Optional[float], _method("--select-topk", "K", "Share of the most varying entries to keep.")
+    ] = None,
+    sign: Annotated[Optional[str], _method("--sign", "HOW", "Who wins a sign: total or frequency.")] = None,
+    t: Annotated[Optional[float], _method("--t", "T", "How far from the first to the second.")] = None,
+    tol: Annotated[Optional[float], _method("--tol", "T", "Stop at steps smaller than this.")] = None,
+    rank: Annotated[Optional[str], _rule("--rank", "N", "Rank N everywhere.")] = None,
+    energy: Annotated[
+        Optional[str], _rule("--energy", "E", "Share of the squared norm that each module keeps, as 0.99.")
+    ] = None,
+    ratio: Annotated[Optional[str], _rule("--ratio", "R", "Singular values from sigma_max / R up.")] = None,
+    cumulative: Annotated[
+        Optional[str], _rule("--cumulative", "C", "Share of the sum of singular values, as 0.9.")
+    ] = None,
+    knee: Annotated[bool, _rule("--knee", "", "Up to the bend of each module's curve.")] = False,
+    error: Annotated[
+        Optional[str], _rule("--error", "E", "Relative error of the whole adapter, spread at best, as 0.01.")
+    ] = None,
+    size: Annotated[
+        Optional[str], _rule("--size", "SIZE", "Size of the file, ranks spread at best: 50MiB, 20MB.")
+    ] = None,
+    min_rank: Annotated[int, typer.Option("--min-rank", metavar="N", help="No module gets less.")] = 1,
+    max_rank: Annotated[Optional[int], typer.Option("--max-rank", metavar="N", help="No module gets more.")] = None,
+    conv_rank: Annotated[
+        Optional[int], typer.Option("--conv-rank", metavar="N", help="Rank of all k x k convolutions.")
+    ] = None,
+    blocks: Annotated[
+        Optional[list[str]],
+        typer.Option("--blocks", metavar="SPEC", help="Weights of blocks: once for all inputs, or once for each."),
+    ] = None,
+    to: Annotated[
+        Optional[str],
+        typer.Option("--to", metavar="LAYOUT", help="kohya, diffusers, peft or comfyui; else the first input's."),
+    ] = None,
+    dtype: Annotated[
+        Optional[str], typer.Option("--dtype", metavar="DTYPE", help="Store the factors as fp32, fp16, bf16, ...")
+    ] = None,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Replace what has no exact sum (LoKr, DoRA) by low-rank pairs.")
+    ] = False,
+    base: Annotated[
+        Optional[str],
+        typer.Option("--base", metavar="PATH", help="A checkpoint of the model; --approximate needs it for DoRA."),
+    ] = None,
+    metadata: Annotated[
+        str, typer.Option("--metadata", metavar="MODE", help="Header entries to keep: first, union or none.")
+    ] = "first",
+    architecture: Annotated[
+        Optional[str],
+        typer.Option("--architecture", metavar="ID", help="Take the model as given (sd15, sdxl, flux, ...)."),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one."),
+    ] = "auto",
+    drop_extras: Annotated[bool, typer.Option("--drop-extras", help="Leave out tensors that are no modules.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    verify: Annotated[bool, typer.Option(help="Read the output back and measure it.")] = True,
+    modules: Annotated[bool, typer.Option("--modules", help="List every module.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Write one LoRA that does what several do together, each at its strength.
+
+    Inputs may have any layouts and ranks. The output is read back and measured before it gets its name, and its header
+    holds the recipe that `loratool replay` follows. Exit 1 if a file is broken or something has no exact sum.
+    """
+    from loratool.report import merge as report
+
+    options: dict[str, Any] = {
+        "density": density,
+        "epsilon": epsilon,
+        "flatten": flatten,
+        "gamma": gamma,
+        "lambda": lambda_,
+    }
+    options |= {"max_iter": max_iter, "normalize": normalize, "row_wise": row_wise, "seed": seed}
+    options |= {"select_topk": select_topk, "sign": sign, "t": t, "tol": tol}
+    texts: dict[str, str | None] = {"rank": rank, "energy": energy, "ratio": ratio, "cumulative": cumulative}
+    texts |= {"knee": "" if knee else None, "error": error, "size": size}
+    with told_plainly():
+        if list_methods:
+            _list(as_json)
+            return
+        from loratool.ops.convert import dtype_code
+        from loratool.ops.devices import device_named
+        from loratool.ops.merge_files import merge_files
+        from loratool.ops.open import layout_named
+        from loratool.ops.ranks import Limits
+        from loratool.report.progress import progress as bars
+
+        asked = _asked(inputs or [], weights, blocks or [])
+        if output is None:
+            raise UsageError("-o is missing: where to write")
+        how = _named(method)
+        rule = _one_rule(texts)
+        code, layout = dtype_code(dtype) if dtype else None, layout_named(to) if to else None
+        where = device_named(device)
+        _check_output(output, [*([base] if base else []), *(spec for spec in blocks or [] if os.path.exists(spec))])
+        with bars(err()) as progress:
+            done = merge_files(
+                asked,
+                output,
+                how,
+                {name: value for name, value in options.items() if value is not None},
+                to=layout,
+                dtype=code,
+                rule=rule,
+                limits=Limits(min_rank, max_rank, conv_rank),
+                approximate=approximate,
+                base=base,
+                metadata=metadata,
+                architecture=architecture,
+                drop_extras=drop_extras,
+                device=where,
+                overwrite=overwrite,
+                verify=verify,
+                progress=progress,
+            )
+        if as_json:
+            print_json(report.as_json(done, modules))
+        else:
+            report.show(done, out(), modules)
+
+
+def _list(as_json: bool) -> None:
+    from loratool.core.registry import methods
+    from loratool.report import methods as report
+
+    known = list(methods().values())
+    if as_json:
+        print_json(report.as_json(known))
+    else:
+        report.show(known, out())
+
+
+def _named(name: str) -> Method:
+    """The method of that id. Raises UsageError with the nearest and the known ones."""
+    from difflib import get_close_matches
+
+    from loratool.core.registry import methods
+
+    known = methods()
+    if name in known:
+        return known[name]
+    near = get_close_matches(name.lower().replace("-", "_"), known, 1, 0.5)
+    nearest = f"did you mean {near[0]}? " if near else ""
+    raise UsageError(f"no method is called {name!r}", hint=f"{nearest}known: {', '.join(sorted(known))}")
+
+
+def _one_rule(texts: Mapping[str, str | None]) -> Rule | None:
+    """The one rule that was given, if any."""
+    from loratool.ops.ranks import parse_rule
+
+    given = [(kind, text) for kind, text in texts.items() if text is not None]
+    if len(given) > 1:
+        raise UsageError(f"--{given[0][0]} and --{given[1][0]} both say what ranks to keep", hint="give one rule")
+    return parse_rule(*given[0]) if given else None
+
+
+def _check_output(output: str, inputs: Sequence[str]) -> None:
+    """Raises LoratoolError for an output that is a file which is read, besides the LoRA files."""
+    from loratool.files.bundle import check_output
+
+    check_output(output, list(inputs), os.path.isdir(output), overwrite=True)  # whether it may exist is asked later
+
+
+# -- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def _asked(inputs: Sequence[str], weights: str | None, blocks: Sequence[str]) -> list[Asked]:
+    """The inputs with their strengths and block weights."""
+    from loratool.ops.merge_files import Asked
+
+    if not inputs:
+        raise UsageError("nothing to merge", hint="name at least one LoRA file")
+    split = [_split(text) for text in inputs]
+    listed = _listed(weights, len(inputs))
+    if len(blocks) not in (0, 1, len(inputs)):
+        raise UsageError(
+            f"{len(blocks)} times --blocks for {_inputs(len(inputs))}", hint="give one for all of them, or one for each"
+        )
+    specs = [blocks[index % len(blocks)] if blocks else None for index in range(len(inputs))]
+    asked = []
+    for (path, own), other, spec in zip(split, listed, specs, strict=True):
+        if own is not None and other is not None:
+            raise UsageError(f"has the weight {own:g} of its own and {other:g} from --weights", file=path)
+        weight = own if own is not None else other
+        asked.append(Asked(path, 1.0 if weight is None else weight, spec))
+    return asked
+
+
+def _split(text: str) -> tuple[str, float | None]:
+    """`A:0.7` as A and 0.7; what exists under the whole name is a path, colons and all."""
+    path, colon, suffix = text.rpartition(":")
+    if not colon or not path or os.path.lexists(text):
+        return text, None
+    if "/" in suffix or os.sep in suffix or suffix.lower().endswith(".safetensors"):
+        return text, None  # a path that is not there: opening it will say so
+    try:
+        return path, float(suffix)
+    except ValueError:
+        raise UsageError(
+            f"{suffix!r} behind the colon is no number, and no file is called that", file=text, hint="write A:0.7"
+        ) from None
+
+
+def _listed(weights: str | None, count: int) -> list[float | None]:
+    """The numbers of `--weights`, one for each input; an empty one is not given."""
+    if weights is None:
+        return [None] * count
+    texts = [text.strip() for text in weights.split(",")]
+    if len(texts) != count:
+        number = f"{len(texts)} weight{'s' if len(texts) > 1 else ''}"
+        raise UsageError(f"--weights names {number} for {_inputs(count)}", hint="write one for each, as 0.7,0.3")
+    try:
+        return [float(text) if text else None for text in texts]
+    except ValueError:
+        raise UsageError(f"--weights is {weights!r}, expected numbers as in 0.7,0.3") from None
+
+
+def _inputs(count: int) -> str:
+    return f"{count} input{'s' if count > 1 else ''}"

@@ -1,0 +1,108 @@
+"""Probe: how far written updates are from what they should be, measured on random vectors.
+
+For a random matrix X of s standard normal columns, ||D X|| / sqrt(s) estimates ||D|| (Frobenius) without forming D: of
+a pair it takes a few thin products. What is estimated here is a check and a report, never a decision about ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from loratool.core.module import Module
+from loratool.ops.pool import Tick, each
+
+COLUMNS = 16
+"""Random vectors per module: a few percent off over all modules, more for what is left of a low rank."""
+
+Terms = Sequence[tuple[Module, float]]
+"""Modules and strengths whose weighted sum is meant."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One written module: estimated norm of what it should be, and of the difference; both of the update."""
+
+    title: str
+    norm: float
+    difference: float
+
+    @property
+    def error(self) -> float:
+        """The relative error; 0 for zero, infinite for something where nothing should be."""
+        return self.difference / self.norm if self.norm else (math.inf if self.difference else 0.0)
+
+
+def measure(
+    expected: Sequence[Terms],
+    written: Sequence[Module],
+    tick: Tick | None = None,
+    images: Sequence[Tensor | None] | None = None,
+) -> list[Measured]:
+    """For every written module the distance from the sum of terms that is expected on its targets.
+
+    All terms of one entry have the same targets; `images` are their sums times the random vectors, where these are
+    known already. `written` may be grouped otherwise; its rows are put side by side. Behind them comes one entry for
+    every target on which something is expected and nothing was written.
+    Computed in float32 with float64 sums.
+    """
+    where: dict[tuple[str, str], tuple[int, int, int]] = {}
+    for index, terms in enumerate(expected):
+        module, start = terms[0][0], 0
+        for target, height in zip(module.targets, module.heights(), strict=True):
+            where[target.component, target.path] = (index, start, start + height)
+            start += height
+
+    def image(index: int) -> Tensor:
+        known = images[index] if images is not None else None
+        if known is not None:
+            return known
+        terms = expected[index]
+        x = vectors(terms[0][0].delta_width)
+        parts = [strength * applied(term, x) for term, strength in terms if strength]
+        return sum(parts, torch.zeros(terms[0][0].shape[0], x.shape[1]))
+
+    def one(module: Module) -> Measured:
+        x = vectors(module.delta_width)
+        made = applied(module, x)
+        meant = torch.zeros_like(made)
+        row = 0
+        for target, height in zip(module.targets, module.heights(), strict=True):
+            found = where.get((target.component, target.path))
+            if found is not None:
+                index, start, stop = found
+                meant[row : row + height] = image(index)[start:stop]
+            row += height
+        root = math.sqrt(x.shape[1])
+        return Measured(module.title, float(meant.double().norm()) / root, float((made - meant).double().norm()) / root)
+
+    found = each(one, written, tick)
+    there = {(target.component, target.path) for module in written for target in module.targets}
+    for (component, path), (index, start, stop) in where.items():
+        if (component, path) not in there:
+            norm = float(image(index)[start:stop].double().norm()) / math.sqrt(COLUMNS)
+            found += [Measured(f"{component}.{path}", norm, norm)] if norm else []
+    return found
+
+
+def applied(module: Module, x: Tensor) -> Tensor:
+    """The update times `x` `(in * kh * kw, s)`, float32, without forming it where the module is a pair."""
+    product = module.product
+    if not product.whole or product.core is not None or product.right is None:
+        return module.delta().flatten(1) @ x
+    left, right = product.left.load().float(), product.right.load().float()
+    if product.transposed:
+        left, right = right.T, left.T
+    return left @ (right @ x) * module.scale
+
+
+@lru_cache(maxsize=64)
+def vectors(width: int) -> Tensor:
+    """The random vectors for updates of this width, `(width, COLUMNS)`, float32: always the same ones."""
+    generator = torch.Generator().manual_seed(width)
+    return torch.randn(width, COLUMNS, generator=generator)
