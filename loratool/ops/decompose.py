@@ -133,27 +133,37 @@ class _Core(NamedTuple):
 
 
 def _pair(left: Tensor, right: Tensor) -> _Core:
-    return _by_grams(left.mT @ left, right @ right.mT) or _by_qr(left, right)
+    core, trusted = _by_grams(left.mT @ left, right @ right.mT)
+    return core if bool(trusted) else _by_qr(left, right)
 
 
-def _by_grams(outer: Tensor, inner: Tensor) -> _Core | None:
-    """By the eigenvalues of R inner R.T, R from the Cholesky factorisation of `outer`; None where that is too coarse.
+def _by_grams(outer: Tensor, inner: Tensor) -> tuple[_Core, Tensor]:
+    """By the eigenvalues of R inner R.T, R from the Cholesky factorisation of `outer`; and whether that is good enough.
 
-    `outer` is left.T @ left, `inner` right @ right.T.
+    `outer` is left.T @ left, `inner` right @ right.T; both may be batches.
     """
     lower, failed = torch.linalg.cholesky_ex(outer)
-    if int(failed):
-        return None
-    squares, vectors = torch.linalg.eigh(lower.mT @ inner @ lower)
+    squares, vectors = _eigh(lower.mT @ inner @ lower)
     squares, vectors = squares.flip(-1), vectors.flip(-1)
+    sizes = outer.diagonal(dim1=-2, dim2=-1), inner.diagonal(dim1=-2, dim2=-1)
     # Traces bound the spectral norms from above.
-    if not float(squares[-1]) > TRUSTED * float(outer.trace() * inner.trace()):
-        return None
-    values = squares.sqrt()
+    trusted = (failed == 0) & (squares[..., -1] > TRUSTED * sizes[0].sum(-1) * sizes[1].sum(-1))
+    values = squares.clamp_min(0).sqrt()
     root = values.sqrt()
     onto = lower @ vectors
-    gross = (outer.diagonal() * inner.diagonal()).sqrt().sum()
-    return _Core(values, inner @ onto / (values * root), onto.mT / root.unsqueeze(1), gross)
+    gross = (sizes[0] * sizes[1]).sqrt().sum(-1)
+    to_left = inner @ onto / (values * root).unsqueeze(-2)
+    return _Core(values, to_left, onto.mT / root.unsqueeze(-1), gross), trusted
+
+
+def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors. For a batch on a GPU by the cores of the CPU: ten times faster for such small ones."""
+    if matrices.device.type == "cpu":
+        values, vectors = torch.linalg.eigh(matrices)
+        return values, vectors
+    found = each(torch.linalg.eigh, matrices.cpu().tensor_split(torch.get_num_threads()))
+    values, vectors = (torch.cat(parts).to(matrices.device) for parts in zip(*found, strict=True))
+    return values, vectors
 
 
 def _by_qr(left: Tensor, right: Tensor) -> _Core:
@@ -302,9 +312,8 @@ def _batched(modules: Sequence[Module], device: str, tick: Tick | None) -> list[
     groups: dict[object, list[int]] = {}
     for index, module in enumerate(modules):
         product = module.product
-        plain = product.core is None and product.right is not None
-        shape = (product.left.shape, product.right.shape) if plain and product.right is not None else index
-        groups.setdefault(shape, []).append(index)
+        pair = (product.left, product.right) if product.core is None and product.right is not None else ()
+        groups.setdefault(tuple((side.shape, side.dtype) for side in pair) or index, []).append(index)
     for indices in groups.values():
         for batch in _batches(modules, indices):
             found |= _decompose_batch({index: modules[index] for index in batch}, device)
@@ -320,23 +329,22 @@ def _batches(modules: Sequence[Module], indices: Sequence[int]) -> Iterator[Sequ
 
 def _decompose_batch(batch: Mapping[int, Module], device: str) -> dict[int, Spectrum]:
     products = {index: module.product for index, module in batch.items()}
-    first = next(iter(products.values()))
-    if first.right is None or first.core is not None:
+    lefts = [product.left for product in products.values()]
+    rights = [product.right for product in products.values() if product.right is not None and product.core is None]
+    if len(rights) < len(batch):
         return {index: spectrum(module) for index, module in batch.items()}
-    left = torch.stack([p.left.load(device) for p in products.values()]).double()
-    right = torch.stack([p.right.load(device) for p in products.values() if p.right is not None]).double()
-    for (index, module), sums in zip(batch.items(), (left.sum((1, 2)) + right.sum((1, 2))).tolist(), strict=True):
-        if not math.isfinite(sums):
-            check_finite(module, left[list(batch).index(index)])
-            check_finite(module, right[list(batch).index(index)])
-    # Products are fast here; eigenvalues of hundreds of small matrices are ten times faster on a few CPU cores.
-    grams = (left.mT @ left).cpu(), (right @ right.mT).cpu()
-
-    def one(at: int) -> _Core:
-        return _by_grams(grams[0][at], grams[1][at]) or _by_qr(left[at].cpu(), right[at].cpu())
-
-    cores = each(one, range(len(batch)))
+    left = torch.stack(each(lambda factor: factor.load(device), lefts)).double()
+    right = torch.stack(each(lambda factor: factor.load(device), rights)).double()
+    sums = (left.sum((1, 2)) + right.sum((1, 2))).tolist()
+    for at, (module, total) in enumerate(zip(batch.values(), sums, strict=True)):
+        if not math.isfinite(total):
+            check_finite(module, left[at])
+            check_finite(module, right[at])
+    cores, trusted = _by_grams(left.mT @ left, right @ right.mT)
+    # What is small comes to the CPU at once; the matrices are where the factors will be made.
+    cores, good = cores._replace(values=cores.values.cpu(), gross=cores.gross.cpu()), trusted.tolist()
     found = {}
-    for core, (index, module) in zip(cores, batch.items(), strict=True):
+    for at, (index, module) in enumerate(batch.items()):
+        core = _Core(*(part[at] for part in cores)) if good[at] else _by_qr(left[at].cpu(), right[at].cpu())
         found[index] = _from_pair(products[index], core, _outer_scale(module, products[index]), device)
     return found
