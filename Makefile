@@ -27,6 +27,8 @@ test: check
 bench: $(STAMP)
 	$(VENV)/bin/python benchmarks/info.py
 	$(VENV)/bin/python benchmarks/convert.py
+	$(VENV)/bin/python benchmarks/resize.py
+	$(VENV)/bin/python benchmarks/merge.py
 
 clean:
 	rm -rf $(VENV) demo-out

@@ -1,4 +1,4 @@
-"""loratool: inspect and convert LoRA files.
+"""loratool: inspect, convert, merge and resize LoRA files.
 
 The front door of the library. Names are imported when they are first used: `import loratool` costs nothing.
 """

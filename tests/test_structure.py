@@ -278,3 +278,15 @@ def test_info_loads_no_tensor_library(tmp_path: Path, options: list[str]) -> Non
     loaded = loaded_by(code)
     assert "loratool.ops.inspect" in loaded
     assert not loaded & (TENSOR_LIBRARIES | {"safetensors"})
+
+
+def test_resizing_on_the_cpu_needs_no_torch(tmp_path: Path) -> None:
+    """Its import takes longer than resizing a small file."""
+    file = write_file(tmp_path / "a.safetensors", build(typical_parts("sdxl", "kohya", alpha=2.0), "kohya"))
+    out = tmp_path / "b.safetensors"
+    words = ["resize", str(file), "--rank", "2", "-o", str(out), "--device", "cpu"]
+    code = f"from loratool.cli.main import app\napp({words!r}, standalone_mode=False)"
+    loaded = loaded_by(code)
+    assert out.exists()
+    assert "numpy" in loaded
+    assert "torch" not in loaded

@@ -13,7 +13,8 @@ from loratool.cli.resize import resize
 
 app = typer.Typer(
     name="loratool",
-    help="Inspect and convert LoRA files.",
+    help="Inspect, convert, merge and resize LoRA files.",
+    rich_markup_mode="markdown",  # else Rich keeps the line breaks of docstrings
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -33,7 +34,7 @@ def _version(value: bool) -> None:
 def _root(
     version: bool = typer.Option(False, "--version", help="Show the version.", callback=_version, is_eager=True),
 ) -> None:
-    """Inspect and convert LoRA files."""
+    """Inspect, convert, merge and resize LoRA files."""
 
 
 app.command()(info)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from loratool.core.tensor import LazyTensor
 
@@ -97,8 +97,8 @@ class Family(Protocol):
     def with_product(self, factors: Factors, product: Product) -> Factors:
         """Factors with another product (of the same `whole`, `transposed`) in its place; alpha / rank is not kept."""
 
-    def gain(self, factors: Mapping[str, Tensor]) -> float:
-        """Norm of the update over that of its product (Frobenius), without the scale."""
+    def gain(self, factors: Mapping[str, Any]) -> float:
+        """Norm of the update over that of its product (Frobenius), without the scale. Of arrays or tensors."""
 
     def scaled(self, factors: Factors, gain: float) -> Factors:
         """Factors of the update times `gain`, each rounded once to its dtype."""

@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from loratool.core.errors import FormatError, LoratoolError
 
 if TYPE_CHECKING:
+    import numpy
     import torch
+    from numpy.typing import NDArray
+
+    Array = NDArray[numpy.floating]
 
 # The order is that of the Dtype enum in the Rust crate safetensors 0.8: the serialiser sorts by it.
 DTYPES: dict[str, int] = {
@@ -234,6 +238,23 @@ class LazyTensor:
         tensor: torch.Tensor = torch.frombuffer(buffer, dtype=dtype).reshape(self.shape)
         return tensor.to(device)
 
+    def array(self, dtype: str = "float64") -> Array:
+        """The values as a numpy array of `dtype` (float32 or float64), without torch where numpy can read them.
+
+        Raises FormatError for dtypes without real numbers.
+        """
+        import numpy
+
+        name = _TORCH_NAMES.get(self.dtype, "")
+        if self.dtype == "BF16":  # the upper half of a float32
+            bits = numpy.frombuffer(self.source.read(), "<u2").astype("<u4") << 16
+            values = bits.view("<f4")
+        elif hasattr(numpy, name) and self.dtype not in ("C64", "BOOL"):
+            values = numpy.frombuffer(self.source.read(), numpy.dtype(name).newbyteorder("<"))
+        else:
+            values = self.load().float().numpy()
+        return values.reshape(self.shape).astype(dtype)
+
     def item(self) -> float:
         """The value of a one-element tensor, without torch. Raises FormatError for other sizes and dtypes."""
         if self.numel != 1:
@@ -273,6 +294,23 @@ class LazyTensor:
     def from_torch(tensor: torch.Tensor) -> LazyTensor:
         """A tensor in memory; shares the memory of a contiguous CPU tensor, copies any other."""
         return LazyTensor(tuple(tensor.shape), code_of(tensor.dtype), Held(_bytes_of(tensor)))
+
+    @staticmethod
+    def rounded(shape: Sequence[int], dtype: str, make_array: Callable[[], Array]) -> LazyTensor:
+        """A tensor of the values that `make_array` makes (float32 or float64) whenever it is read, rounded to `dtype`.
+
+        Each value is rounded once, to nearest, ties to even; what is too large becomes infinite. Never kept. Reading
+        raises ValueError when the array made has another shape than announced.
+        """
+        announced = tuple(shape)
+
+        def make() -> memoryview:
+            made = make_array()
+            if made.shape != announced:
+                raise ValueError(f"computed {list(made.shape)}, announced {list(announced)}")
+            return _rounded_bytes(made, dtype)
+
+        return LazyTensor(announced, dtype, Computed(math.prod(announced) * DTYPES[dtype] // 8, make))
 
     @staticmethod
     def computed(shape: Sequence[int], dtype: str, make_tensor: Callable[[], torch.Tensor]) -> LazyTensor:
@@ -457,6 +495,42 @@ def _rounded(value: float, layout: _SmallFloat) -> int:
     # round() of a float is exact and ties to even. The implicit bit of a normal number carries into the exponent.
     steps = round(math.ldexp(value, layout.mantissa - exponent))
     return ((exponent - lowest) << layout.mantissa) + steps
+
+
+def _rounded_bytes(values: Array, dtype: str) -> memoryview:
+    """The bytes of an array's values in `dtype`."""
+    import numpy
+
+    if dtype in ("F64", "F32", "F16"):
+        with numpy.errstate(over="ignore"):
+            return _flat(numpy.ascontiguousarray(values, _PLAIN_NUMPY[dtype]).data)
+    if dtype == "BF16":
+        bits = numpy.ascontiguousarray(_toward_odd(values), "<f4").view("<u4")
+        # To nearest, ties to even, on the upper half; a NaN stays one.
+        upper = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+        upper[numpy.isnan(values)] = 0x7FC0
+        return _flat(upper.data)
+    import torch
+
+    return _bytes_of(torch.from_numpy(numpy.ascontiguousarray(values)).to(torch_dtype(dtype)))
+
+
+_PLAIN_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+
+
+def _toward_odd(values: Array) -> Array:
+    """float32 of float64 values, rounded to odd: rounding that again to fewer bits gives what rounding once would."""
+    import numpy
+
+    if values.dtype == numpy.float32:
+        return values
+    with numpy.errstate(over="ignore"):
+        near = values.astype("f4")
+    above = numpy.abs(near.astype("f8")) > numpy.abs(values)
+    near = numpy.where(above, numpy.nextafter(near, numpy.float32(0)), near)
+    inexact = near.astype("f8") != values
+    odd: Array = (near.view("u4") | (inexact & numpy.isfinite(values)).astype("u4")).view("f4")
+    return odd
 
 
 def _flat(view: memoryview | bytes | bytearray) -> memoryview:

@@ -8,8 +8,9 @@ that of a product; with both sides whole there is no rank and alpha is ignored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratool.core.errors import NotExact
 from loratool.core.family import Factors, Part, Product, Shapes
@@ -142,10 +143,10 @@ class Lokr:
             right = right.reshape((right.shape[0], *factors["w2_b"].shape[1:]))
         return {**made, "w2_a": product.left, "w2_b": right}
 
-    def gain(self, factors: Mapping[str, Tensor]) -> float:
+    def gain(self, factors: Mapping[str, Any]) -> float:
         """||w1||."""
         w1 = factors["w1"] if "w1" in factors else factors["w1_a"] @ factors["w1_b"]
-        return float(w1.norm())
+        return math.sqrt(float((w1 * w1).sum()))
 
     def scaled(self, factors: Factors, gain: float) -> Factors:
         """w1 (or its left half) times `gain`."""

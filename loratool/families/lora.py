@@ -9,7 +9,7 @@ transposed product. `bias` is the bias of `up` (PEFT's `lora_bias`), of shape `(
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratool.core.errors import NotExact
 from loratool.core.family import Factors, Part, Product, Shapes
@@ -169,7 +169,7 @@ class Lora:
         made.pop("mid", None)
         return made
 
-    def gain(self, factors: Mapping[str, Tensor]) -> float:
+    def gain(self, factors: Mapping[str, Any]) -> float:
         """1: the product is the update."""
         return 1.0
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-
-import torch
+import sys
+from pathlib import Path
 
 from loratool.core.errors import UsageError
+
+_DRIVERS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
+"""Where the driver of a GPU that torch could use shows on Linux: NVIDIA's, AMD's, Windows' below WSL."""
 
 
 def device_named(text: str) -> str:
@@ -15,11 +18,13 @@ def device_named(text: str) -> str:
     Raises UsageError for other names, and for a GPU that is not there.
     """
     name = text.strip().lower()
+    if name == "cpu" or (name == "auto" and not _may_have_gpu()):
+        return "cpu"
+    import torch
+
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return "cuda" if there else "cpu"
-    if name == "cpu":
-        return name
     match = re.fullmatch(r"cuda(?::(\d{1,4}))?", name)
     if match is None:
         raise UsageError(f"no device is called {text!r}", hint="known: auto, cpu, cuda, cuda:N")
@@ -27,3 +32,8 @@ def device_named(text: str) -> str:
         seen = f"torch sees {there} of them" if there else "torch sees no GPU"
         raise UsageError(f"there is no device {name}: {seen}", hint="use --device cpu")
     return name
+
+
+def _may_have_gpu() -> bool:
+    """Whether it is worth asking torch, whose import takes longer than most of what is computed here."""
+    return not sys.platform.startswith("linux") or any(Path(place).exists() for place in _DRIVERS)

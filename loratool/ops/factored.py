@@ -7,20 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from loratool.core.errors import FormatError
 from loratool.core.module import Module
+from loratool.ops.finite import check_finite
 from loratool.ops.weights import BaseWeights
-
-
-def check_finite(module: Module, values: Tensor) -> None:
-    """Raises FormatError where a tensor of the module holds NaN or infinite values."""
-    # One pass over the values; finite ones may still add up to infinity, hence the second look.
-    if not math.isfinite(float(values.sum(dtype=torch.float32 if values.dtype.itemsize < 4 else None))) and not bool(
-        torch.isfinite(values).all()
-    ):
-        raise FormatError(
-            "holds NaN or infinite values", key=module.title, hint="the training went wrong: use an earlier file"
-        )
 
 
 def pair_update(

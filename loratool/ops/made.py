@@ -6,9 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from loratool.core.adapter import Adapter, Bundle
 from loratool.core.layout import Layout
@@ -19,6 +17,9 @@ from loratool.ops.headers import made_header
 from loratool.ops.probe import Measured, Terms, measure
 from loratool.ops.save import NotTheSame
 from loratool.ops.spell import spell
+
+if TYPE_CHECKING:
+    from loratool.core.tensor import Array
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total): bytes while writing, modules otherwise."""
@@ -73,7 +74,7 @@ def save_made(
     errors: Sequence[float],
     path: str | os.PathLike[str],
     *,
-    images: Sequence[Tensor | None] | None = None,
+    images: Sequence[Array | None] | None = None,
     overwrite: bool = False,
     verify: bool = True,
     progress: Progress | None = None,

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from loratool.core.registry import families, layouts
 from loratool.core.tensor import DTYPES, LazyTensor, code_of, torch_dtype
 from loratool.ops.conflicts import sign_conflicts
 from loratool.ops.convert import cast
-from loratool.ops.decompose import low_rank, spectrum, truncated
+from loratool.ops.decompose import spectrum, truncated
+from loratool.ops.low_rank import low_rank
 from loratool.ops.pool import Tick, each
 from loratool.ops.probe import Terms
 from loratool.ops.ranks import Limits, Rule
@@ -32,6 +33,10 @@ from loratool.ops.weights import BaseWeights
 
 FAR = 4096.0
 """From this ratio on, two scales alpha / rank do not fit into one."""
+
+
+if TYPE_CHECKING:
+    from loratool.core.tensor import Array
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Merged:
     adapter: Adapter
     modules: tuple[MergedModule, ...]
     expected: tuple[Terms, ...]
-    images: tuple[Tensor | None, ...]
+    images: tuple[Array | None, ...]
     planned: tuple[float, ...]
     cosines: Mapping[str, Sequence[Sequence[float]]]
     silent: tuple[str, ...] = ()
@@ -236,7 +241,7 @@ class _Made:
     norm: float
     error: float
     expected: Terms
-    image: Tensor | None = None
+    image: Array | None = None
     exact: bool = True
     kept: Module | None = None
     replaced: tuple[str, ...] = ()

@@ -21,7 +21,7 @@ from loratool.core.tensor import LazyTensor, same_bytes
 from loratool.files.bundle import check_output
 from loratool.ops import recipe
 from loratool.ops.blocks import BlockWeights, block_label, block_weights
-from loratool.ops.factored import check_finite
+from loratool.ops.finite import check_finite
 from loratool.ops.headers import merged_metadata
 from loratool.ops.lone import lone_share
 from loratool.ops.made import Held, Made, Progress, make, save_made, told

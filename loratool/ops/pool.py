@@ -6,11 +6,12 @@ a job whose sums are added up by one thread gives the same bits on any number of
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
-
-import torch
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -22,29 +23,54 @@ Tick = Callable[[int, int], None]
 def each(work: Callable[[Job], Result], jobs: Sequence[Job], tick: Tick | None = None) -> list[Result]:
     """`work` of every job, in the jobs' order. The first error stops what has not begun and is raised.
 
-    As many threads as torch is allowed to use (OMP_NUM_THREADS). Jobs begin in order.
+    In as many threads as `threads` says. Jobs begin in order.
     """
-    threads = torch.get_num_threads()
     results: list[Result] = []
-    for result in _run(work, jobs, threads):
-        results.append(result)
-        if tick is not None:
-            tick(len(results), len(jobs))
+    with _one_thread_each():
+        for result in _run(work, jobs, threads()):
+            results.append(result)
+            if tick is not None:
+                tick(len(results), len(jobs))
     return results
 
 
-def _run(work: Callable[[Job], Result], jobs: Sequence[Job], threads: int) -> Iterator[Result]:
-    if threads == 1:
+def threads() -> int:
+    """How many threads may compute: torch's own number where it is in use, OMP_NUM_THREADS, or the CPUs we may use."""
+    if "torch" in sys.modules:
+        return int(sys.modules["torch"].get_num_threads())
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """numpy's BLAS has one thread in every job; torch's is told so in the threads themselves."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(limits=1, user_api="blas"):
+        yield
+
+
+def _run(work: Callable[[Job], Result], jobs: Sequence[Job], count: int) -> Iterator[Result]:
+    if count == 1:
         yield from map(work, jobs)
         return
     futures: list[Future[Result]] = []
-    pool = ThreadPoolExecutor(
-        min(threads, len(jobs)) or 1, "loratool", initializer=torch.set_num_threads, initargs=(1,)
-    )
+    torch = sys.modules.get("torch")
+    pool = ThreadPoolExecutor(min(count, len(jobs)) or 1, "loratool", initializer=_alone)
     try:
         futures = [pool.submit(work, job) for job in jobs]
         for future in futures:
             yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+        if torch is not None:
+            torch.set_num_threads(count)
+
+
+def _alone() -> None:
+    """In a thread of the pool: one thread for torch's products."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)

@@ -10,12 +10,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from loratool.core.module import Module
 from loratool.ops.pool import Tick, each
+
+if TYPE_CHECKING:
+    from loratool.core.tensor import Array
 
 COLUMNS = 16
 """Random vectors per module: a few percent off over all modules, more for what is left of a low rank."""
@@ -42,7 +45,7 @@ def measure(
     expected: Sequence[Terms],
     written: Sequence[Module],
     tick: Tick | None = None,
-    images: Sequence[Tensor | None] | None = None,
+    images: Sequence[Array | None] | None = None,
 ) -> list[Measured]:
     """For every written module the distance from the sum of terms that is expected on its targets.
 
@@ -58,19 +61,22 @@ def measure(
             where[target.component, target.path] = (index, start, start + height)
             start += height
 
-    def image(index: int) -> Tensor:
+    def image(index: int) -> Array:
         known = images[index] if images is not None else None
         if known is not None:
             return known
         terms = expected[index]
         x = vectors(terms[0][0].delta_width)
-        parts = [strength * applied(term, x) for term, strength in terms if strength]
-        return sum(parts, torch.zeros(terms[0][0].shape[0], x.shape[1]))
+        total: Array = np.zeros((terms[0][0].shape[0], x.shape[1]), np.float32)
+        for term, strength in terms:
+            if strength:
+                total = total + np.float32(strength) * applied(term, x)
+        return total
 
     def one(module: Module) -> Measured:
         x = vectors(module.delta_width)
         made = applied(module, x)
-        meant = torch.zeros_like(made)
+        meant = np.zeros_like(made)
         row = 0
         for target, height in zip(module.targets, module.heights(), strict=True):
             found = where.get((target.component, target.path))
@@ -79,30 +85,36 @@ def measure(
                 meant[row : row + height] = image(index)[start:stop]
             row += height
         root = math.sqrt(x.shape[1])
-        return Measured(module.title, float(meant.double().norm()) / root, float((made - meant).double().norm()) / root)
+        return Measured(module.title, _norm(meant) / root, _norm(made - meant) / root)
 
     found = each(one, written, tick)
     there = {(target.component, target.path) for module in written for target in module.targets}
     for (component, path), (index, start, stop) in where.items():
         if (component, path) not in there:
-            norm = float(image(index)[start:stop].double().norm()) / math.sqrt(COLUMNS)
+            norm = _norm(image(index)[start:stop]) / math.sqrt(COLUMNS)
             found += [Measured(f"{component}.{path}", norm, norm)] if norm else []
     return found
 
 
-def applied(module: Module, x: Tensor) -> Tensor:
+def _norm(values: Array) -> float:
+    return float(np.linalg.norm(values.astype(np.float64)))
+
+
+def applied(module: Module, x: Array) -> Array:
     """The update times `x` `(in * kh * kw, s)`, float32, without forming it where the module is a pair."""
     product = module.product
     if not product.whole or product.core is not None or product.right is None:
-        return module.delta().flatten(1) @ x
-    left, right = product.left.load().float(), product.right.load().float()
+        dense: Array = module.delta().flatten(1).numpy()
+        return dense @ x
+    left, right = product.left.array("float32"), product.right.array("float32")
     if product.transposed:
         left, right = right.T, left.T
-    return left @ (right @ x) * module.scale
+    made: Array = left @ (right @ x)
+    return made if module.scale == 1 else made * np.float32(module.scale)
 
 
 @lru_cache(maxsize=64)
-def vectors(width: int) -> Tensor:
+def vectors(width: int) -> Array:
     """The random vectors for updates of this width, `(width, COLUMNS)`, float32: always the same ones."""
-    generator = torch.Generator().manual_seed(width)
-    return torch.randn(width, COLUMNS, generator=generator)
+    made: Array = np.random.Generator(np.random.Philox(width)).standard_normal((width, COLUMNS), np.float32)
+    return made

@@ -18,7 +18,6 @@ from loratool.ops import recipe
 from loratool.ops.blocks import places
 from loratool.ops.decompose import Spectrum, decompose
 from loratool.ops.made import Held, Made, Progress, make, save_made, told
-from loratool.ops.norms import base_norms
 from loratool.ops.open import open_adapter
 from loratool.ops.ranks import Limits, Rule, check_limits
 from loratool.ops.recipe import file_name
@@ -106,7 +105,11 @@ def resize_file(
         begun = time.perf_counter()
         spectra = decompose(source.modules, device, told(progress, "decomposing"))
         seconds_decompose = time.perf_counter() - begun
-        norms = base_norms(base, source, told(progress, "measuring the base")) if base is not None else None
+        norms = None
+        if base is not None:
+            from loratool.ops.norms import base_norms  # torch, which nothing else here needs on the CPU
+
+            norms = base_norms(base, source, told(progress, "measuring the base"))
         digest, *of_base = hashes()
         told_input = {"name": name or file_name(path), "sha256": digest}
         settings = {

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from loratool.ops.probe import vectors
+from loratool.ops.probe import COLUMNS, vectors
 from loratool.ops.terms import Seen
+
+if TYPE_CHECKING:
+    from loratool.core.tensor import Array
 
 EXACT_RANKS = 64 * 64
 """Up to this product of two ranks the inner product is computed exactly, beyond it from random vectors."""
@@ -45,21 +49,22 @@ class Similar:
             return float((one.dense().double() * other.dense()).sum())
         (left, right), (another, opposite) = one.pair(), other.pair()
         if left.shape[1] * another.shape[1] > EXACT_RANKS:
-            return float((self._image(one).double() * self._image(other)).sum()) / vectors(1).shape[1]
+            return float((self._image(one).double() * self._image(other)).sum()) / COLUMNS
         return float(((left.T @ another).double() * (right @ opposite.T)).sum())
 
     def _image(self, one: Seen) -> Tensor:
         if one.index not in self._images:
             left, right = one.pair()
-            self._images[one.index] = left @ (right @ vectors(right.shape[1]).to(right))
+            self._images[one.index] = left @ (right @ torch.from_numpy(vectors(right.shape[1])).to(right))
         return self._images[one.index]
 
-    def image(self, weights: Sequence[float]) -> Tensor | None:
-        """The weighted sum times the random vectors, `(out, s)`, where all of it is known already."""
+    def image(self, weights: Sequence[float]) -> Array | None:
+        """The weighted sum times the random vectors, `(out, s)` in float32, where all of it is known already."""
         if not all(one.index in self._images for one in self._terms):
             return None
         images = [self._images[one.index] * (weights[one.index] * one.unit) for one in self._terms]
-        return sum(images[1:], images[0]).float().cpu()
+        made: Array = sum(images[1:], images[0]).float().cpu().numpy()
+        return made
 
     def norm(self, weights: Sequence[float]) -> float:
         """Frobenius norm of the weighted sum."""

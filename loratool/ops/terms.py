@@ -17,8 +17,8 @@ from loratool.core.target import same_shape
 from loratool.core.tensor import LazyTensor
 from loratool.ops.approximate import Wish, as_lora
 from loratool.ops.blocks import BlockWeights
-from loratool.ops.decompose import low_rank
 from loratool.ops.factored import dense_update, pair_update
+from loratool.ops.low_rank import low_rank
 from loratool.ops.spell import check_writable, regrouped
 from loratool.ops.weights import BaseWeights
 

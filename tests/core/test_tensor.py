@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ from loratool.core.tensor import (
     LazyTensor,
     code_of,
     concatenated,
+    encoded,
     same_bytes,
     torch_dtype,
 )
@@ -276,3 +278,52 @@ def test_errors_are_one_line() -> None:
     assert len(str(LoratoolError("no", key="k" * 10_000))) < 300
     assert (LoratoolError("m").exit_code, UsageError("m").exit_code) == (1, 2)
     assert NotRepresentable("m", modules=("a", "b")).modules == ("a", "b")
+
+
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+def every_kind_of_number(dtype: torch.dtype) -> torch.Tensor:
+    """All bit patterns of a small dtype, else numbers of every size: subnormal, huge, ties between neighbours."""
+    if dtype.itemsize <= 2:
+        bits = torch.arange(2 ** (8 * dtype.itemsize), dtype=torch.int32)
+        return bits.to(torch.uint8 if dtype.itemsize == 1 else torch.uint16).view(dtype)
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(-44, 38, 4096, dtype=torch.float64)
+    return (torch.randn(4096, generator=generator, dtype=torch.float64) * sizes).to(dtype)
+
+
+@pytest.mark.parametrize("code", FLOATS)
+def test_array_reads_what_load_does(code: str) -> None:
+    stored = every_kind_of_number(torch_dtype(code))
+    for work in ("float64", "float32"):
+        found = torch.from_numpy(LazyTensor.from_torch(stored).array(work))
+        assert torch.equal(found.nan_to_num(7.0), stored.to(getattr(torch, work)).nan_to_num(7.0))
+    assert LazyTensor.from_torch(stored.reshape(2, -1)).array().shape == (2, len(stored) // 2)
+
+
+@pytest.mark.parametrize("code", FLOATS)
+@pytest.mark.parametrize("work", [torch.float32, torch.float64])
+def test_rounded_rounds_once_to_nearest_even(code: str, work: torch.dtype) -> None:
+    """Against `encoded`, which rounds number by number with exact arithmetic."""
+    dtype = torch_dtype(code)
+    near = every_kind_of_number(dtype).to(torch.float64)
+    near = near[torch.isfinite(near)].unique()
+    between = (near[1:] + near[:-1]) / 2
+    nudged = torch.cat([between, between * (1 + 2.0**-40), between * (1 - 2.0**-40), near])
+    picked = nudged[torch.randperm(len(nudged), generator=torch.Generator().manual_seed(1))[:3000]].to(work)
+    picked = picked[picked.abs() <= near.abs().max()]
+    made = LazyTensor.rounded(tuple(picked.shape), code, lambda: picked.numpy())
+    if code.startswith("F8") and work == torch.float64:
+        picked = picked.float()  # torch rounds these, by way of float32
+    assert bytes(made.read()) == b"".join(encoded(value, code) for value in picked.tolist())
+
+
+def test_rounded_keeps_nan_and_makes_too_large_infinite() -> None:
+    values = np.array([np.nan, np.inf, -np.inf, 1e39, -1e39])
+    for code in ("F32", "F16", "BF16"):
+        found = LazyTensor.rounded((5,), code, lambda: values).load().double()
+        assert found.isnan().tolist() == [True, False, False, False, False]
+        assert found[1:].tolist() == [math.inf, -math.inf, math.inf, -math.inf]
+    with pytest.raises(ValueError, match=r"computed \[5\], announced \[4\]"):
+        LazyTensor.rounded((4,), "F32", lambda: values).read()

@@ -18,8 +18,8 @@ from loratool.core.module import Module
 from loratool.core.target import Target
 from loratool.core.tensor import LazyTensor
 from loratool.families import lokr, lora
-from loratool.ops import decompose as engine
-from loratool.ops.decompose import Spectrum, decompose, spectrum, truncated
+from loratool.ops import gpu
+from loratool.ops.decompose import Spectrum, by_grams, decompose, spectrum, truncated
 
 F64 = torch.float64
 TORCH = {"F64": F64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -83,7 +83,7 @@ def check(one: Module, ranks: Sequence[int] | None = None, found: Spectrum | Non
         else:
             assert got <= 2 * floor * peak, at
     assert found.norm == pytest.approx(float(whole.norm()), rel=1e-9)
-    full = one.family.product(one.factors).rank
+    full = one.product.rank
     rounding = ROUNDING[one.dtype]
     for rank in ranks or sorted({1, 2, full // 2, full - 1} - {0}):
         if rank >= full:
@@ -276,7 +276,7 @@ def test_factors_are_balanced() -> None:
 @pytest.mark.parametrize("rank", [8, 9, 10**6])
 def test_a_rank_that_is_not_exceeded_leaves_the_very_object(rank: int) -> None:
     for one in FAMILIES.values():
-        full = one.family.product(one.factors).rank
+        full = one.product.rank
         assert truncated(one, spectrum(one), max(rank, full)) is one
 
 
@@ -384,7 +384,7 @@ def unscaled(one: Module) -> Module:
 @pytest.mark.parametrize("name", [*PAIRS, *WHOLES])
 def test_every_family_and_shape(name: str) -> None:
     one = FAMILIES[name]
-    full = one.family.product(one.factors).rank
+    full = one.product.rank
     if one.family is not lokr.FAMILY:
         check(one, range(1, full))
         return
@@ -415,7 +415,7 @@ def test_the_error_of_a_tucker_module_is_bounded_and_at_the_full_rank_exact(name
     found, whole = spectrum(one), dense(one)
     norm = float(whole.norm())
     assert found.norm == pytest.approx(norm, rel=1e-9)
-    full = one.family.product(one.factors).rank
+    full = one.product.rank
     last = 1.0
     for rank in range(1, full):
         made = truncated(one, found, rank)
@@ -492,7 +492,7 @@ def test_what_is_not_finite_is_an_error_that_names_the_module(name: str) -> None
             broken = replace(one, factors={**one.factors, role: held})
             if role == "magnitude":
                 broken = replace(one, magnitude=held)
-            for work in (decompose, lambda modules: engine._batched(modules, "cpu", None)):
+            for work in (decompose, lambda modules: gpu.decompose_on("cpu", modules)):
                 with pytest.raises(FormatError, match=r"unet\.mid_block\.attentions\.0\.proj_in.*NaN or infinite"):
                     work([one, broken])
 
@@ -511,7 +511,7 @@ def test_order_and_ticks() -> None:
 
 def test_batches_equal_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs on a GPU, run on the CPU: equal shapes together, bad conditions apart, other families alone."""
-    monkeypatch.setattr(engine, "BATCH_BYTES", 40_000)
+    monkeypatch.setattr(gpu, "BATCH_BYTES", 40_000)
     modules = [pair(noise(40, 6, seed=n), noise(6, 30, seed=n + 50), 2.0) for n in range(5)]
     modules += [pair(noise(40, 6, seed=n), noise(6, 30, seed=n + 50), -1.0, "F16") for n in range(5, 8)]
     modules += [pair(noise(40, 6, seed=n), noise(6, 30, seed=n + 50), -1.0, "BF16") for n in range(8, 10)]
@@ -519,13 +519,13 @@ def test_batches_equal_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     modules += [pair(noise(40, 6) * 0, noise(6, 30), 2.0), pair(noise(4, 6), noise(6, 5))]
     modules += FAMILIES.values()
     ticks: list[tuple[int, int]] = []
-    found = engine._batched(modules, "cpu", lambda done, total: ticks.append((done, total)))
+    found = gpu.decompose_on("cpu", modules, lambda done, total: ticks.append((done, total)))
     for one, spread in zip(modules, found, strict=True):
         alone = spectrum(one)
         live = [value for value in alone.values if value > 1e-9 * max(alone.values[0], 1e-300)]
         assert spread.values[: len(live)] == pytest.approx(live, rel=1e-6)
         assert spread.norm == pytest.approx(alone.norm, rel=1e-9)
-        full = one.family.product(one.factors).rank
+        full = one.product.rank
         if full > 1:
             half = full // 2
             ours, theirs = dense(truncated(one, spread, half)), dense(truncated(one, alone, half))
@@ -548,7 +548,7 @@ def test_gram_matrices_are_trusted_only_where_they_are_good_enough(rank: int) ->
         one = pair(left, conditioned(rank, 300, condition, rank + 1))
         expected = singular(dense(one))
         found = spectrum(one)
-        down = one.factors["down"].load()
-        trusted.append(bool(engine._by_grams(left.T @ left, down @ down.T)[1]))
+        up, down = (one.factors[role].array() for role in ("up", "down"))
+        trusted.append(by_grams(up.T @ up, down @ down.T) is not None)
         assert found.values == pytest.approx(expected[:rank], rel=1e-6)
     assert trusted[0] and not trusted[-1]

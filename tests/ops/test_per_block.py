@@ -11,6 +11,7 @@ import torch
 
 from loratool.core.adapter import Adapter
 from loratool.core.errors import FormatError, LoratoolError, UsageError
+from loratool.ops import devices
 from loratool.ops.blocks import BlockWeights, block_label, block_weights, places
 from loratool.ops.devices import device_named
 from loratool.ops.open import understand
@@ -234,6 +235,9 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
             device_named(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(devices, "_may_have_gpu", lambda: False)
+    assert device_named("auto") == "cpu"  # without asking torch
+    monkeypatch.setattr(devices, "_may_have_gpu", lambda: True)
     assert [device_named(name) for name in ("auto", "cuda", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
     with pytest.raises(UsageError, match="sees 2"):
         device_named("cuda:2")

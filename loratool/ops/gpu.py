@@ -1,0 +1,77 @@
+"""GPU: decomposing modules of equal shapes in batches, and making their factors, on a device that torch knows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from loratool.core.module import Module
+from loratool.core.tensor import LazyTensor, torch_dtype
+from loratool.ops.decompose import Spectrum, by_grams, by_qr, from_core, outer_scale, spectrum
+from loratool.ops.finite import check_finite
+from loratool.ops.pool import Tick, each
+
+if TYPE_CHECKING:
+    from loratool.core.tensor import Array
+
+BATCH_BYTES = 2 << 30
+"""What is decomposed at once, as float64."""
+
+
+def decompose_on(device: str, modules: Sequence[Module], tick: Tick | None = None) -> list[Spectrum]:
+    """What `decompose` does, with the products of large matrices on `device`, in float64.
+
+    The eigenvalues of the small matrices are found on the CPU: for hundreds of 128 x 128 ones that is ten times faster.
+    """
+    found: dict[int, Spectrum] = {}
+    groups: dict[object, list[int]] = {}
+    for index, module in enumerate(modules):
+        product = module.product
+        pair = (product.left, product.right) if product.core is None and product.right is not None else ()
+        groups.setdefault(tuple((side.shape, side.dtype) for side in pair) or index, []).append(index)
+    for indices in groups.values():
+        for batch in _batches(modules, indices):
+            found |= _batch({index: modules[index] for index in batch}, device)
+            if tick is not None:
+                tick(len(found), len(modules))
+    return [found[index] for index in range(len(modules))]
+
+
+def _batches(modules: Sequence[Module], indices: Sequence[int]) -> Iterator[Sequence[int]]:
+    size = max(1, BATCH_BYTES // (8 * max(modules[indices[0]].parameters, 1)))
+    return (indices[start : start + size] for start in range(0, len(indices), size))
+
+
+def _batch(batch: Mapping[int, Module], device: str) -> dict[int, Spectrum]:
+    products = [module.product for module in batch.values()]
+    rights = [product.right for product in products if product.right is not None and product.core is None]
+    if len(rights) < len(batch):
+        return {index: spectrum(module) for index, module in batch.items()}
+    left = torch.stack(each(lambda product: product.left.load(device), products)).double()
+    right = torch.stack(each(lambda factor: factor.load(device), rights)).double()
+    sums = (left.sum((1, 2)) + right.sum((1, 2))).tolist()
+    for at, (module, total) in enumerate(zip(batch.values(), sums, strict=True)):
+        if not math.isfinite(total):
+            check_finite(module, left[at])
+            check_finite(module, right[at])
+    outer, inner = ((product).cpu().numpy() for product in (left.mT @ left, right @ right.mT))
+
+    def one(item: tuple[int, Module]) -> Spectrum:
+        at, module = item
+        core = by_grams(outer[at], inner[at]) or by_qr(left[at].cpu().numpy(), right[at].cpu().numpy())
+        return from_core(module.product, core, outer_scale(module), multiply)
+
+    def multiply(one: LazyTensor | Array, other: LazyTensor | Array, dtype: str, work: str) -> LazyTensor:
+        def there(side: LazyTensor | Array) -> Tensor:
+            stored = side.load(device) if isinstance(side, LazyTensor) else torch.from_numpy(side).to(device)
+            return stored.to(getattr(torch, work))
+
+        return LazyTensor.computed(
+            (one.shape[0], other.shape[1]), dtype, lambda: (there(one) @ there(other)).to(torch_dtype(dtype)).cpu()
+        )
+
+    return dict(zip(batch, each(one, list(enumerate(batch.values()))), strict=True))
