@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -37,7 +37,7 @@ share of these norms they are good to 1e-6 relative, which is what the tests ask
 CANCELLING = 1e3
 """How many times the product its terms may be, taken alone, for float32 to be good enough for 16 bits."""
 
-Multiply = Callable[["LazyTensor | Array", "LazyTensor | Array", str, str], LazyTensor]
+Multiply = Callable[[Any, Any, str, str], LazyTensor]
 """The product of two matrices, one of them stored, as a lazy tensor of a dtype, computed in float32 or float64."""
 
 
@@ -130,11 +130,12 @@ class Core(NamedTuple):
     """Singular values of left @ right, and the small matrices that turn left and right into the balanced factors.
 
     `gross` is the sum of |column of left| |row of right|: what rounding errors are relative to, where terms cancel.
+    The matrices may be torch's, where the factors are.
     """
 
     values: Array
-    to_left: Array
-    to_right: Array
+    to_left: Any
+    to_right: Any
     gross: float
 
 
@@ -148,15 +149,24 @@ def by_grams(outer: Array, inner: Array) -> Core | None:
         squares, vectors = np.linalg.eigh(lower.T @ inner @ lower)
     except np.linalg.LinAlgError:
         return None
-    squares, vectors = squares[::-1], vectors[:, ::-1]
-    # Traces bound the spectral norms from above.
-    if not squares[-1] > TRUSTED * outer.trace() * inner.trace():
+    if not trusted(squares, outer.trace(), inner.trace()):
         return None
-    values = np.sqrt(squares)
-    root = np.sqrt(values)
-    onto = lower @ vectors
     gross = float(np.sqrt(outer.diagonal() * inner.diagonal()).sum())
-    return Core(values, inner @ onto / (values * root), onto.T / root[:, None], gross)
+    return Core(np.sqrt(squares[::-1]), *turned(inner, lower, squares, vectors), gross)
+
+
+def trusted(squares: Any, outer: Any, inner: Any) -> Any:
+    """Whether eigenvalues, ascending, are good enough, given the traces of both Gram matrices. One or many."""
+    # Traces bound the spectral norms from above.
+    return squares[..., 0] > TRUSTED * outer * inner
+
+
+def turned(inner: Any, lower: Any, squares: Any, vectors: Any) -> tuple[Any, Any]:
+    """`to_left` and `to_right` of a `Core`. For numpy's arrays and torch's tensors, one or a batch of them."""
+    down = list(range(squares.shape[-1] - 1, -1, -1))
+    squares = squares[..., down]
+    onto = lower @ vectors[..., down]
+    return inner @ onto / squares[..., None, :] ** 0.75, onto.swapaxes(-1, -2) / squares[..., :, None] ** 0.25
 
 
 def by_qr(left: Array, right: Array) -> Core:
@@ -179,16 +189,21 @@ def from_core(product: Product, core: Core, scale: float, multiply: Multiply) ->
     def cut(rank: int, dtype: str) -> Product:
         # What is stored in 16 bits or less loses nothing in a float32 product, unless terms cancel.
         work = "float64" if dtype in ("F64", "F32") or cancels else "float32"
-        onto, into = core.to_left[:, :rank].astype(work), core.to_right[:rank].astype(work)
-        return replace(product, left=multiply(left, onto, dtype, work), right=multiply(into, right, dtype, work))
+        return replace(
+            product,
+            left=multiply(left, core.to_left[:, :rank], dtype, work),
+            right=multiply(core.to_right[:rank], right, dtype, work),
+        )
 
     cancels = core.gross > CANCELLING * float(np.linalg.norm(core.values))
     return _spectrum(core.values, scale, cut)
 
 
-def _multiplied(one: LazyTensor | Array, other: LazyTensor | Array, dtype: str, work: str) -> LazyTensor:
+def _multiplied(one: Any, other: Any, dtype: str, work: str) -> LazyTensor:
     def make() -> Array:
-        left, right = (side.array(work) if isinstance(side, LazyTensor) else side for side in (one, other))
+        left, right = (
+            side.array(work) if isinstance(side, LazyTensor) else side.astype(work, copy=False) for side in (one, other)
+        )
         made: Array = left @ right
         return made
 

@@ -11,7 +11,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -47,10 +51,17 @@ def threads() -> int:
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
     """numpy's BLAS has one thread in every job; torch's is told so in the threads themselves."""
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(limits=1, user_api="blas"):
+    with _blas().limit(limits=1, user_api="blas"):
         yield
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    """What sets the number of BLAS threads. Finding the libraries takes a while: once is enough, numpy stays."""
+    import numpy  # noqa: F401  # so that its BLAS is there to be found
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 def _run(work: Callable[[Job], Result], jobs: Sequence[Job], count: int) -> Iterator[Result]:

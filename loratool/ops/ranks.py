@@ -282,9 +282,10 @@ def _by_size(
     least = [min(limits.min_rank, one.full) if fixed[i] is None else start[i] for i, one in enumerate(candidates)]
     smallest = written(least)
     if smallest > rule.value:
-        possible = math.ceil(smallest / 2**20 * 1000) / 1000  # rounded up, so that asking for it works
+        unit, size = ("MiB", 1 << 20) if smallest >= 1 << 20 else ("KiB", 1 << 10)
+        possible = math.ceil(smallest / size * 100) / 100  # rounded up, so that asking for it works
         raise LoratoolError(
-            f"cannot be brought to {rule.text}: the smallest possible is {possible:.3f} MiB",
+            f"cannot be brought to {rule.text}: the smallest possible is {possible:.2f}{unit}",
             hint="another --dtype or fewer modules make it smaller",
         )
     cuts = _removals(candidates, start, fixed, limits)

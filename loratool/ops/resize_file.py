@@ -122,14 +122,17 @@ def resize_file(
             "drop_extras": drop_extras or None,
             "device": recipe.device_kind(device),
         }
-        outcomes = []
-        for rule, written in zip(rules, outputs, strict=True):
+        cut = []
+        for rule in rules:
             made_by = recipe.recipe("resize", [told_input], {"rule": rule.title, **settings})
-            resized, made = _resized(source, rule, spectra, layout, made_by, limits, dtype, norms, own, drop_extras)
+            cut.append(_resized(source, rule, spectra, layout, made_by, limits, dtype, norms, own, drop_extras))
+        # Only now, when every rule is known to have an answer, is anything written.
+        expected = [[(module, 1.0)] for module in source.modules]
+        outcomes = []
+        for (resized, made), written in zip(cut, outputs, strict=True):
             held = None
             if written is not None:
-                expected = [[(module, 1.0)] for module in source.modules]
-                errors = [cut.error for cut in resized.cuts]
+                errors = [one.error for one in resized.cuts]
                 held = save_made(made, expected, errors, written, overwrite=overwrite, verify=verify, progress=progress)
             outcomes.append(_outcome(resized, made, written, held))
     except LoratoolError as error:

@@ -384,7 +384,7 @@ def assert_refused(result: Result, code: int, *words: str) -> None:
         (["--energy", "1.5"], 2, ["--energy"]),
         (["--error", "nan"], 2, ["--error"]),
         (["--size", "many"], 2, ["50MiB"]),
-        (["--size", "1KiB"], 1, ["smallest possible is", "MiB"]),
+        (["--size", "1KiB"], 1, ["smallest possible is", "iB"]),
         (["--rank", "2", "--rank", "3"], 2, ["{rule}"]),
         (["--rank", "2", "--to", "nope"], 2, ["no layout", "kohya"]),
         (["--rank", "2", "--dtype", "int3"], 2, ["no dtype"]),

@@ -288,13 +288,20 @@ def test_a_size_that_is_too_small_names_the_smallest_which_is_possible(
 ) -> None:
     with pytest.raises(LoratoolError, match="the smallest possible is") as caught:
         run(complete[layout], [parse_rule("size", "10kB")], tmp_path / "out")
-    found = re.search(r"possible is ([\d.]+) MiB", str(caught.value))
+    found = re.search(r"possible is ([\d.]+[KM]iB)", str(caught.value))
     assert found is not None and caught.value.file == str(complete[layout])
     assert not (tmp_path / "out").exists()
-    rule = parse_rule("size", f"{found[1]}MiB")
+    rule = parse_rule("size", found[1])
     run(complete[layout], [rule], tmp_path / "out", verify=False)
     assert rule.value * 0.98 <= size_of(tmp_path / "out") <= rule.value
     assert set(open_adapter(tmp_path / "out").ranks) == {1}
+
+
+def test_rules_of_which_one_has_no_answer_write_nothing(tmp_path: Path, complete: Mapping[str, Path]) -> None:
+    rules = [parse_rule("rank", "2"), parse_rule("size", "10kB")]
+    with pytest.raises(LoratoolError, match="the smallest possible is"):
+        run(complete["kohya"], rules, tmp_path / "out-{rule}.safetensors")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_size_with_tucker_cores_and_whole_matrices(tmp_path: Path) -> None:
