@@ -283,7 +283,8 @@ def _by_size(
     smallest = written(least)
     if smallest > rule.value:
         unit, size = ("MiB", 1 << 20) if smallest >= 1 << 20 else ("KiB", 1 << 10)
-        possible = math.ceil(smallest / size * 100) / 100  # rounded up, so that asking for it works
+        # Rounded up, and with room for its longer text in the recipe, so that asking for it works.
+        possible = math.ceil((smallest + 64) / size * 100) / 100
         raise LoratoolError(
             f"cannot be brought to {rule.text}: the smallest possible is {possible:.2f}{unit}",
             hint="another --dtype or fewer modules make it smaller",
