@@ -87,8 +87,9 @@ def on_gpu(device: str) -> int:
 
     from loratool.core.module import Module
     from loratool.core.tensor import LazyTensor
-    from loratool.ops.decompose import decompose, truncated
+    from loratool.ops.decompose import decompose
     from loratool.ops.open import open_adapter
+    from loratool.ops.spectrum import truncated
 
     def held(module: Module) -> Module:
         return replace(module, factors={role: LazyTensor.from_torch(f.load()) for role, f in module.factors.items()})

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from loratool.core.module import Module
 from loratool.core.tensor import LazyTensor, torch_dtype
-from loratool.ops.decompose import Core, Spectrum, by_qr, from_core, outer_scale, spectrum, trusted, turned
 from loratool.ops.finite import check_finite
 from loratool.ops.pool import Tick, each, threads
+from loratool.ops.spectrum import Core, Spectrum, by_qr, from_core, outer_scale, spectrum, trusted, turned
 
 BATCH_BYTES = 2 << 30
 """What is decomposed at once, as float64."""

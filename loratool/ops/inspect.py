@@ -195,11 +195,14 @@ def _alphas(modules: Sequence[Module]) -> dict[str, int]:
 def _written_by(metadata: Mapping[str, str], sides: Mapping[str, str]) -> str | None:
     """The program that wrote the file, where its metadata say so."""
     if any(key.startswith("loratool.") for key in metadata):
-        from loratool.ops import origin
+        from loratool.ops import origin, recipe
 
         ticket = origin.decode(metadata)
         if ticket is not None:
             return f"loratool, converted from {ticket.layout}"
+        made = recipe.told(metadata)
+        if made is not None:
+            return made
     if "software" in metadata:
         software = _json(metadata["software"])
         if isinstance(software, dict) and "name" in software:

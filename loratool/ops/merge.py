@@ -21,13 +21,13 @@ from loratool.core.registry import families, layouts
 from loratool.core.tensor import DTYPES, LazyTensor, code_of, torch_dtype
 from loratool.ops.conflicts import sign_conflicts
 from loratool.ops.convert import cast
-from loratool.ops.decompose import spectrum, truncated
 from loratool.ops.low_rank import low_rank
 from loratool.ops.pool import Tick, each
 from loratool.ops.probe import Terms
 from loratool.ops.ranks import Limits, Rule
 from loratool.ops.resize import Cut, Written, resize
 from loratool.ops.similar import Similar, independent
+from loratool.ops.spectrum import spectrum, truncated
 from loratool.ops.terms import Group, Input, Seen, group
 from loratool.ops.weights import BaseWeights
 

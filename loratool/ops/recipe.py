@@ -71,6 +71,17 @@ def device_kind(device: str) -> str | None:
     return None if kind == "cpu" else kind
 
 
+def told(metadata: Mapping[str, str]) -> str | None:
+    """In a few words how the file was made; None without a recipe, or with none that we wrote."""
+    try:
+        made = decode(metadata)
+    except FormatError:
+        return None
+    how = [made[key] for key in ("method", "rule") if isinstance(made.get(key), str)]
+    done = {"merge": f"a merge of {len(made['inputs'])}", "resize": "resized"}.get(str(made.get("command")))
+    return None if done is None else ", ".join(["loratool", done, *how])[:80]
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
     """sha256 of a file; of several (a folder, a model with its config) that of their names and hashes."""
     place = Path(path)

@@ -11,9 +11,10 @@ from loratool.core.module import Module
 from loratool.core.target import Target
 from loratool.core.tensor import DTYPES
 from loratool.ops.convert import cast
-from loratool.ops.decompose import Spectrum, decompose, truncated
+from loratool.ops.decompose import decompose
 from loratool.ops.pool import Tick
 from loratool.ops.ranks import Candidate, Limits, Rule, choose
+from loratool.ops.spectrum import Spectrum, truncated
 
 Norms = Mapping[tuple[Target, ...], tuple[float, float]]
 """Frobenius and spectral norm of the base weight that a module updates, by its targets."""

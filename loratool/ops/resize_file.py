@@ -16,12 +16,13 @@ from loratool.core.registry import layouts
 from loratool.files.bundle import check_output
 from loratool.ops import recipe
 from loratool.ops.blocks import places
-from loratool.ops.decompose import Spectrum, decompose
+from loratool.ops.decompose import decompose
 from loratool.ops.made import Held, Made, Progress, make, save_made, told
 from loratool.ops.open import open_adapter
 from loratool.ops.ranks import Limits, Rule, check_limits
 from loratool.ops.recipe import file_name
 from loratool.ops.resize import Cut, Norms, OwnRule, Resized, resize, total_error
+from loratool.ops.spectrum import Spectrum
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from loratool.core.target import Target
 from loratool.core.tensor import LazyTensor
 from loratool.families import lokr, lora
 from loratool.ops import gpu
-from loratool.ops.decompose import Spectrum, by_grams, decompose, spectrum, truncated
+from loratool.ops.decompose import decompose
+from loratool.ops.spectrum import Spectrum, by_grams, spectrum, truncated
 
 F64 = torch.float64
 TORCH = {"F64": F64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

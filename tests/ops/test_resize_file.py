@@ -18,11 +18,11 @@ from loratool.core.tensor import LazyTensor
 from loratool.files import bundle as bundles
 from loratool.ops import origin, recipe, resize_file
 from loratool.ops.convert_file import convert_file
-from loratool.ops.decompose import spectrum
 from loratool.ops.open import open_adapter
 from loratool.ops.ranks import Limits, Rule, parse_rule
 from loratool.ops.resize import resize
 from loratool.ops.save import NotTheSame
+from loratool.ops.spectrum import spectrum
 from tests.builders import (
     ARCHITECTURES,
     LAYOUTS,
