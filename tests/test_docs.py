@@ -16,7 +16,7 @@ import typer.main
 
 import loratool
 from loratool.cli.info import info as info_command
-from loratool.cli.main import app
+from loratool.cli.main import COMMANDS, app, command
 from loratool.core.registry import architectures, families, layouts, methods
 from loratool.ops.approximate import Approximated
 from loratool.ops.blocks import blocks_of
@@ -185,10 +185,9 @@ def test_the_front_door_is_documented() -> None:
 
 
 def test_every_option_is_documented() -> None:
-    group: Any = typer.main.get_command(app)
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    for command in group.commands.values():
-        for option in command.params:
+    for name in COMMANDS:
+        for option in command(name).params:
             spellings = [*option.opts, *option.secondary_opts]
             if spellings[0].startswith("-"):
                 assert any(re.search(rf"(?<![\w-]){one}(?![\w-])", text) for one in spellings), spellings

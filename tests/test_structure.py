@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import loratool
+from loratool.cli.main import COMMANDS
 from loratool.core import registry
 from tests.builders import build, typical_parts, write_file
 
@@ -268,7 +269,14 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_importing_the_command_line_is_light() -> None:
-    assert not loaded_by("import loratool.cli.main") & TENSOR_LIBRARIES
+    loaded = loaded_by("import loratool.cli.main")
+    assert not loaded & TENSOR_LIBRARIES
+    assert "loratool.cli.merge" not in loaded  # each command comes when it is asked for
+
+
+def test_every_command_has_a_module_of_its_name() -> None:
+    files = {path.stem for path in SOURCES if folder_of(path) == "cli" and not path.name.startswith("_")} - {"main"}
+    assert set(COMMANDS) == files
 
 
 @pytest.mark.parametrize("options", [[], ["--json"], ["--keys", "--metadata"]], ids=" ".join)

@@ -25,8 +25,12 @@ def out() -> Console:
     """Results go here: stdout. Colours only on a terminal, and NO_COLOR is obeyed (Rich does)."""
     from rich.console import Console
 
+    from loratool.report.lines import Trimmed
+
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PLAIN_WIDTH
-    return Console(highlight=False, markup=False, emoji=False, width=width)
+    console = Console(highlight=False, markup=False, emoji=False, width=width)
+    console.push_render_hook(Trimmed())
+    return console
 
 
 def err() -> Console:

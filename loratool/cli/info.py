@@ -11,7 +11,9 @@ from loratool.core.errors import LoratoolError, UsageError
 
 
 def info(
-    files: Annotated[list[str], typer.Argument(metavar="FILE", help="LoRA files, PEFT folders, or folders of them.")],
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="LoRA files, PEFT folders, or folders of them.")
+    ],
     keys: Annotated[bool, typer.Option("--keys", help="List every module: names, rank, alpha, shape, dtype.")] = False,
     metadata: Annotated[bool, typer.Option("--metadata", help="Show all metadata.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from loratool.ops.ranks import Rule
 
 
+_METHOD = "Method"
+_LIMITS = "Limits of the ranks"
+_WORK = "How to work and what to tell"
+
+
 def _rule(flag: str, metavar: str, text: str) -> Any:
     return typer.Option(flag, metavar=metavar, help=text, rich_help_panel="Rules for the ranks (one at most)")
 
@@ -25,21 +30,59 @@ def _method(flag: str, metavar: str | None, text: str) -> Any:
     return typer.Option(flag, metavar=metavar, help=text, rich_help_panel="Options of methods (see --list-methods)")
 
 
+def _option(flag: str, metavar: str | None, text: str, panel: str) -> Any:
+    return typer.Option(flag, metavar=metavar, help=text, rich_help_panel=panel)
+
+
 def merge(
     inputs: Annotated[
         Optional[list[str]],
-        typer.Argument(metavar="IN[:WEIGHT]...", help="LoRA files or PEFT folders, each with its strength (1)."),
+        typer.Argument(
+            metavar="IN[:WEIGHT]...", help="LoRA files or PEFT folders, each with its strength, 1 if none is given."
+        ),
     ] = None,
     output: Annotated[
-        Optional[str], typer.Option("-o", "--output", metavar="OUT", help="The new file (peft: a folder).")
+        Optional[str], typer.Option("-o", "--output", metavar="OUT", help="Required: the new file (peft: a folder).")
     ] = None,
     weights: Annotated[
         Optional[str], typer.Option("--weights", metavar="W,W,...", help="The strengths of all inputs: 0.7,0.3.")
     ] = None,
-    method: Annotated[str, typer.Option("--method", metavar="NAME", help="How to merge.")] = "concat",
+    blocks: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--blocks",
+            metavar="SPEC",
+            help="Weights of blocks: a preset (ALL0.5), a list (1,0,0.5,...) or a .yaml file; "
+            "once for all inputs, or once for each.",
+        ),
+    ] = None,
+    to: Annotated[
+        Optional[str],
+        typer.Option("--to", metavar="LAYOUT", help="kohya, diffusers, peft or comfyui; else the first input's."),
+    ] = None,
+    dtype: Annotated[
+        Optional[str], typer.Option("--dtype", metavar="DTYPE", help="Store the factors as fp32, fp16, bf16, ...")
+    ] = None,
+    architecture: Annotated[
+        Optional[str],
+        typer.Option("--architecture", metavar="ID", help="Take the model as given (sd15, sdxl, flux, ...)."),
+    ] = None,
+    metadata: Annotated[
+        str, typer.Option("--metadata", metavar="MODE", help="Header entries to keep: first, union or none.")
+    ] = "first",
+    drop_extras: Annotated[bool, typer.Option("--drop-extras", help="Leave out tensors that are no modules.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    method: Annotated[str, _option("--method", "NAME", "How to merge.", _METHOD)] = "concat",
     list_methods: Annotated[
-        bool, typer.Option("--list-methods", help="Show the methods and their options, and do nothing else.")
+        bool, _option("--list-methods", None, "Show the methods and their options, and do nothing else.", _METHOD)
     ] = False,
+    approximate: Annotated[
+        bool, _option("--approximate", None, "Replace what has no exact sum (LoKr, DoRA) by low-rank pairs.", _METHOD)
+    ] = False,
+    base: Annotated[
+        Optional[str],
+        _option("--base", "PATH", "A checkpoint of the model; --approximate needs it for DoRA.", _METHOD),
+    ] = None,
     density: Annotated[Optional[float], _method("--density", "D", "Share of the entries to keep, 0 to 1.")] = None,
     epsilon: Annotated[
         Optional[float], _method("--epsilon", "E", "How far the probabilities spread around density.")
@@ -51,17 +94,30 @@ def merge(
     lambda_: Annotated[Optional[float], _method("--lambda", "L", "A factor for the result.")] = None,
     max_iter: Annotated[Optional[int], _method("--max-iter", "N", "Steps at most.")] = None,
     normalize: Annotated[
-        Optional[bool], _method("--normalize/--no-normalize", None, "Whether strengths are shares.")
+        Optional[bool],
+        _method(
+            "--normalize/--no-normalize",
+            None,
+            "nuslerp, karcher: strengths are shares, as they are unless this is off. Methods that elect signs: divide "
+            "by the strengths that agree.",
+        ),
     ] = None,
     row_wise: Annotated[
         Optional[bool], _method("--row-wise/--no-row-wise", None, "With --no-flatten: by columns instead of rows.")
     ] = None,
-    seed: Annotated[Optional[int], _method("--seed", "N", "For random methods.")] = None,
+    seed: Annotated[Optional[int], _method("--seed", "N", "Seed of random methods; 0 if none is given.")] = None,
     select_topk: Annotated[
         Optional[float], _method("--select-topk", "K", "Share of the most varying entries to keep.")
     ] = None,
     sign: Annotated[Optional[str], _method("--sign", "HOW", "Who wins a sign: total or frequency.")] = None,
-    t: Annotated[Optional[float], _method("--t", "T", "How far from the first to the second.")] = None,
+    t: Annotated[
+        Optional[float],
+        _method(
+            "--t",
+            "T",
+            "slerp: how far to go from the first to the second, 0 to 1. nearswap: how much an entry may change.",
+        ),
+    ] = None,
     tol: Annotated[Optional[float], _method("--tol", "T", "Stop at steps smaller than this.")] = None,
     rank: Annotated[Optional[str], _rule("--rank", "N", "Rank N everywhere.")] = None,
     energy: Annotated[
@@ -73,50 +129,23 @@ def merge(
     ] = None,
     knee: Annotated[bool, _rule("--knee", "", "Up to the bend of each module's curve.")] = False,
     error: Annotated[
-        Optional[str], _rule("--error", "E", "Relative error of the whole adapter, spread at best, as 0.01.")
+        Optional[str],
+        _rule("--error", "E", "Relative error of the whole adapter, as 0.01; ranks spread in the best way."),
     ] = None,
     size: Annotated[
-        Optional[str], _rule("--size", "SIZE", "Size of the file, ranks spread at best: 50MiB, 20MB.")
+        Optional[str], _rule("--size", "SIZE", "Size of the file, as 50MiB or 20MB; ranks spread in the best way.")
     ] = None,
-    min_rank: Annotated[int, typer.Option("--min-rank", metavar="N", help="No module gets less.")] = 1,
-    max_rank: Annotated[Optional[int], typer.Option("--max-rank", metavar="N", help="No module gets more.")] = None,
-    conv_rank: Annotated[
-        Optional[int], typer.Option("--conv-rank", metavar="N", help="Rank of all k x k convolutions.")
-    ] = None,
-    blocks: Annotated[
-        Optional[list[str]],
-        typer.Option("--blocks", metavar="SPEC", help="Weights of blocks: once for all inputs, or once for each."),
-    ] = None,
-    to: Annotated[
-        Optional[str],
-        typer.Option("--to", metavar="LAYOUT", help="kohya, diffusers, peft or comfyui; else the first input's."),
-    ] = None,
-    dtype: Annotated[
-        Optional[str], typer.Option("--dtype", metavar="DTYPE", help="Store the factors as fp32, fp16, bf16, ...")
-    ] = None,
-    approximate: Annotated[
-        bool, typer.Option("--approximate", help="Replace what has no exact sum (LoKr, DoRA) by low-rank pairs.")
-    ] = False,
-    base: Annotated[
-        Optional[str],
-        typer.Option("--base", metavar="PATH", help="A checkpoint of the model; --approximate needs it for DoRA."),
-    ] = None,
-    metadata: Annotated[
-        str, typer.Option("--metadata", metavar="MODE", help="Header entries to keep: first, union or none.")
-    ] = "first",
-    architecture: Annotated[
-        Optional[str],
-        typer.Option("--architecture", metavar="ID", help="Take the model as given (sd15, sdxl, flux, ...)."),
-    ] = None,
+    min_rank: Annotated[int, _option("--min-rank", "N", "No module gets less.", _LIMITS)] = 1,
+    max_rank: Annotated[Optional[int], _option("--max-rank", "N", "No module gets more.", _LIMITS)] = None,
+    conv_rank: Annotated[Optional[int], _option("--conv-rank", "N", "Rank of all k x k convolutions.", _LIMITS)] = None,
     device: Annotated[
-        str,
-        typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one."),
+        str, _option("--device", "DEVICE", "auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.", _WORK)
     ] = "auto",
-    drop_extras: Annotated[bool, typer.Option("--drop-extras", help="Leave out tensors that are no modules.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    verify: Annotated[bool, typer.Option(help="Read the output back and measure it.")] = True,
-    modules: Annotated[bool, typer.Option("--modules", help="List every module.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    verify: Annotated[
+        bool, _option("--verify/--no-verify", None, "Read the output back and measure it.", _WORK)
+    ] = True,
+    modules: Annotated[bool, _option("--modules", None, "List every module.", _WORK)] = False,
+    as_json: Annotated[bool, _option("--json", None, "Print the report as JSON.", _WORK)] = False,
 ) -> None:
     """Write one LoRA that does what several do together, each at its strength.
 

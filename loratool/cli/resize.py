@@ -15,16 +15,42 @@ if TYPE_CHECKING:
     from loratool.ops.ranks import Rule
 
 
+_LIMITS = "Limits and exceptions"
+_WORK = "How to work and what to tell"
+
+
 def _rule(flag: str, metavar: str, text: str) -> Any:
     return typer.Option(flag, metavar=metavar, help=text, rich_help_panel="Rules (one or more, each makes a file)")
+
+
+def _option(flag: str, metavar: str | None, text: str, panel: str) -> Any:
+    return typer.Option(flag, metavar=metavar, help=text, rich_help_panel=panel)
 
 
 def resize(
     file: Annotated[str, typer.Argument(metavar="IN", help="A LoRA file or a PEFT folder.")],
     output: Annotated[
         Optional[str],
-        typer.Option("-o", "--output", metavar="OUT", help="The new file; of several rules with {rule} in its name."),
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="OUT",
+            help="Required, except with --dry-run or --plot: the new file (peft: a folder); "
+            "of several rules with {rule} in its name.",
+        ),
     ] = None,
+    to: Annotated[
+        Optional[str], typer.Option("--to", metavar="LAYOUT", help="Another layout: kohya, diffusers, peft or comfyui.")
+    ] = None,
+    dtype: Annotated[
+        Optional[str], typer.Option("--dtype", metavar="DTYPE", help="Store the factors as fp32, fp16, bf16, ...")
+    ] = None,
+    architecture: Annotated[
+        Optional[str],
+        typer.Option("--architecture", metavar="ID", help="Take the model as given (sd15, sdxl, flux, ...)."),
+    ] = None,
+    drop_extras: Annotated[bool, typer.Option("--drop-extras", help="Leave out tensors that are no modules.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")] = False,
     rank: Annotated[Optional[list[str]], _rule("--rank", "N", "Rank N everywhere.")] = None,
     energy: Annotated[
         Optional[list[str]], _rule("--energy", "E", "Share of the squared norm that each module keeps, as 0.99.")
@@ -37,48 +63,37 @@ def resize(
     ] = None,
     knee: Annotated[bool, _rule("--knee", "", "Up to the bend of each module's curve.")] = False,
     error: Annotated[
-        Optional[list[str]], _rule("--error", "E", "Relative error of the whole adapter, spread at best, as 0.01.")
+        Optional[list[str]],
+        _rule("--error", "E", "Relative error of the whole adapter, as 0.01; ranks spread in the best way."),
     ] = None,
     size: Annotated[
-        Optional[list[str]], _rule("--size", "SIZE", "Size of the file, ranks spread at best: 50MiB, 20MB.")
+        Optional[list[str]],
+        _rule("--size", "SIZE", "Size of the file, as 50MiB or 20MB; ranks spread in the best way."),
     ] = None,
-    min_rank: Annotated[int, typer.Option("--min-rank", metavar="N", help="No module gets less.")] = 1,
-    max_rank: Annotated[Optional[int], typer.Option("--max-rank", metavar="N", help="No module gets more.")] = None,
-    conv_rank: Annotated[
-        Optional[int], typer.Option("--conv-rank", metavar="N", help="Rank of all k x k convolutions.")
-    ] = None,
+    min_rank: Annotated[int, _option("--min-rank", "N", "No module gets less.", _LIMITS)] = 1,
+    max_rank: Annotated[Optional[int], _option("--max-rank", "N", "No module gets more.", _LIMITS)] = None,
+    conv_rank: Annotated[Optional[int], _option("--conv-rank", "N", "Rank of all k x k convolutions.", _LIMITS)] = None,
     per_block: Annotated[
         Optional[str],
-        typer.Option("--per-block", metavar="FILE", help="YAML: patterns and the rules of what they name."),
+        _option("--per-block", "FILE", "A .yaml file: patterns and the rules of what they name.", _LIMITS),
     ] = None,
     base: Annotated[
         Optional[str],
-        typer.Option("--base", metavar="PATH", help="A checkpoint of the model: measure importance against its norms."),
+        _option("--base", "PATH", "A checkpoint of the model: measure importance against its norms.", _LIMITS),
     ] = None,
-    to: Annotated[
-        Optional[str], typer.Option("--to", metavar="LAYOUT", help="Another layout: kohya, diffusers, peft or comfyui.")
-    ] = None,
-    dtype: Annotated[
-        Optional[str], typer.Option("--dtype", metavar="DTYPE", help="Store the factors as fp32, fp16, bf16, ...")
-    ] = None,
-    architecture: Annotated[
-        Optional[str],
-        typer.Option("--architecture", metavar="ID", help="Take the model as given (sd15, sdxl, flux, ...)."),
-    ] = None,
+    dry_run: Annotated[bool, _option("--dry-run", None, "Report what would be done; write no LoRA.", _WORK)] = False,
     device: Annotated[
-        str,
-        typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one."),
+        str, _option("--device", "DEVICE", "auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.", _WORK)
     ] = "auto",
-    drop_extras: Annotated[bool, typer.Option("--drop-extras", help="Leave out tensors that are no modules.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")] = False,
-    verify: Annotated[bool, typer.Option(help="Read the output back and measure it.")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report what would be done; write no LoRA.")] = False,
-    modules: Annotated[bool, typer.Option("--modules", help="List every module.")] = False,
+    verify: Annotated[
+        bool, _option("--verify/--no-verify", None, "Read the output back and measure it.", _WORK)
+    ] = True,
+    modules: Annotated[bool, _option("--modules", None, "List every module.", _WORK)] = False,
     plot: Annotated[
         Optional[str],
-        typer.Option("--plot", metavar="FILE", help="Draw the singular values and the cuts: .png, .svg or .html."),
+        _option("--plot", "FILE", "Draw the singular values and the cuts: .png, .svg or .html.", _WORK),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: Annotated[bool, _option("--json", None, "Print the report as JSON.", _WORK)] = False,
 ) -> None:
     """Write a LoRA at smaller ranks: the best approximation there is, and how good it is.
 

@@ -78,8 +78,9 @@ def show(table: BlockTable, console: Console) -> None:
     for block in table.blocks:
         cells = [Text(inert(block.label))] if labelled else []
         names = Text(inert(_short(block.present or block.names), 300))
-        numbers = [f"{block.modules:,}"]
-        numbers += [f"{block.norm:#.3g}".rstrip("."), f"{block.share:.1%}"] if block.modules else ["", ""]
+        numbers = ["-", "-", "-"]
+        if block.modules:
+            numbers = [f"{block.modules:,}", f"{block.norm:#.3g}".rstrip("."), f"{block.share:.1%}"]
         grid.add_row(*cells, names, *numbers, style="" if block.modules else "dim")
     console.print(grid)
     console.print()
@@ -128,5 +129,6 @@ def _choices(table: BlockTable, console: Console) -> None:
     console.print(grid)
     if table.fitting is not None:
         console.print()
+        console.print(Text("to weigh them, copy and change:", "dim"))
         # One line whatever the width: it is there to be copied.
         console.print(Text(f"--blocks {','.join('1' * len(table.fitting))}", "bold"), soft_wrap=True)

@@ -27,15 +27,12 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def show(report: Report, console: Console) -> None:
     """A few lines: from what to what, what the proof says, what is worth knowing."""
-    from rich.table import Table
-    from rich.text import Text
+    from loratool.report.lines import facts
 
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
+    rows: list[tuple[str, str, str]] = []
 
     def row(title: str, value: str, style: str = "") -> None:
-        table.add_row(title, Text(value, style=style))
+        rows.append((title, value, style))
 
     before = _modules(report.modules_before, report.ranks_before, report.size_before)
     after = _modules(report.modules_after, report.ranks_after, report.size_after)
@@ -66,7 +63,7 @@ def show(report: Report, console: Console) -> None:
         row("not read yet", f"{plural(n, 'module')} of the kind {family}", "yellow")
     for note in report.notes:
         row("note", inert(note), "yellow")
-    console.print(table)
+    console.print(facts(rows))
 
 
 def _named(row: Callable[..., None], title: str, what: str, names: tuple[str, ...]) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
-from loratool.ops.made import Held
+from loratool.core.registry import methods
 from loratool.ops.merge import MergedModule
 from loratool.ops.merge_files import MergeReport, Source
 from loratool.report.inert import inert
-from loratool.report.units import histogram, plural, size
+from loratool.report.units import few, plural, ranks, short, size, spread
+from loratool.report.verified import verified
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,8 +22,11 @@ ALIGNED = 0.1
 """From this cosine on two updates are said to pull together, from its negative down to fight; independent between."""
 
 _NAMED = 3
+_TITLES = 12
 _FEW_INPUTS = 3
 """Of more inputs only the smallest and the largest cosine are shown."""
+_IN_A_ROW = 6
+"""The ranks of more inputs may take several lines."""
 
 
 def as_json(report: MergeReport, modules: bool = False) -> dict[str, Any]:
@@ -63,18 +66,20 @@ def approximated(row: MergedModule) -> dict[str, Any]:
 
 def show(report: MergeReport, console: Console, modules: bool = False) -> None:
     """What was read, what was written, what the inputs have to do with each other, and what is worth knowing."""
-    console.print(_facts([*_inputs(report), *_output(report)]))
+    from loratool.report.lines import facts
+
+    console.print(facts([*_inputs(report), *_output(report)], _TITLES))
     console.print()
-    console.print(_components(report))
+    _components(report, console)
     pairs = [fact for component in report.cosines for fact in _pairs(report, component)]
     conflicts = _conflicts(report)
     if pairs or conflicts:
         console.print()
-        console.print(_facts([*pairs, *conflicts]))
+        console.print(facts([*pairs, *conflicts], _TITLES))
     remarks = _remarks(report)
     if remarks:
         console.print()
-        console.print(_facts(remarks))
+        console.print(facts(remarks, _TITLES))
     if modules:
         console.print()
         console.print(_modules(report))
@@ -84,29 +89,8 @@ Facts = list[tuple[str, str, str]]
 """Title, text and style of a line."""
 
 
-def _facts(rows: Facts) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True, min_width=12)
-    table.add_column(overflow="fold")
-    for title, text, style in rows:
-        table.add_row(title, Text(text, style=style))
-    return table
-
-
-def _histogram(ranks: Any) -> str:
-    return histogram(ranks).replace("×", "x")  # a terminal of any encoding shows that
-
-
 def _few(names: Sequence[str]) -> str:
-    more = f", +{len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(inert(name, 100) for name in names[:_NAMED]) + more
-
-
-def _error(error: float) -> str:
-    return f"{error:.2g}" if error else "0"
+    return few((inert(name, 100) for name in names), _NAMED)
 
 
 # -- in and out -------------------------------------------------------------------------------------------------------
@@ -115,15 +99,16 @@ def _error(error: float) -> str:
 def _inputs(report: MergeReport) -> Iterator[tuple[str, str, str]]:
     several = len(report.inputs) > 1
     for letter, one in zip(letters(len(report.inputs)), report.inputs, strict=True):
-        blocks = f", blocks {inert(one.blocks, 60)}" if one.blocks else ""
+        strength = f"strength {one.weight:g}, " if one.weight != 1 else ""
+        blocks = f"blocks {inert(one.blocks, 60)}, " if one.blocks and one.blocks.upper() != "ALL" else ""
         yield f"read {letter}" if several else "read", inert(one.path, 200), ""
-        yield "", f"strength {one.weight:g}{blocks}, {_about(one)}", ""
+        yield "", f"{strength}{blocks}{_about(one)}", ""
         if several and one.alone:
             yield "", f"{plural(one.alone, 'module')} that no other input updates", ""
 
 
 def _about(one: Source) -> str:
-    return f"{one.layout}, {plural(one.modules, 'module')}, rank {_histogram(one.ranks)}, {size(one.size)}"
+    return f"{one.layout}, {plural(one.modules, 'module')}, rank {ranks(one.ranks)}, {size(one.size)}"
 
 
 def letters(count: int) -> list[str]:
@@ -135,59 +120,51 @@ def _output(report: MergeReport) -> Iterator[tuple[str, str, str]]:
     count = plural(len(report.modules), "module")
     yield "wrote", inert(report.output, 200), ""
     about = f"{report.layout}, {inert(report.architecture_title, 80)}, {count}"
-    yield "", f"{about}, rank {_histogram(report.ranks_after)}, {size(report.size_after)}", ""
+    yield "", f"{about}, rank {ranks(report.ranks_after)}, {size(report.size_after)}", ""
     options = "".join(f", {name} {value}" for name, value in report.options.items())
     rule = f", {report.rule}" if report.rule else ""
     yield "method", inert(f"{report.method}{options}{rule}", 300), ""
     if len(report.inputs) > 1:
         yield "merged", f"{report.merged:,} of {count} are updated by more than one input", ""
-    yield "error", f"{_error(report.error)} against the method's definition, by the ranks that were kept", ""
-    if report.held is None:
-        yield "verified", "no (--no-verify)", "yellow"
-    else:
-        yield from _verified(report.held, report.error)
+    yield "error", _against(report), ""
+    yield from verified(report.held, report.error)
 
 
-def _verified(held: Held, error: float) -> Iterator[tuple[str, str, str]]:
-    # A dense result is measured against its low-rank form: what that form lost is not in it.
-    rounding = ", rounding included" if held.error >= error else " by rounding"
-    text = f"{plural(held.modules, 'update')} read back and measured: relative error {_error(held.error)}{rounding}"
-    yield "verified", text, "green"
-    if held.coarse:
-        text = f"{plural(len(held.coarse), 'module')} farther off than computed, too small for the dtype perhaps: "
-        yield "coarse", text + _few(held.coarse), "yellow"
+def _against(report: MergeReport) -> str:
+    method = methods().get(report.method)
+    if method is not None and method.stands_for_sum:
+        return f"{short(report.error)} off the sum that it stands for, before rounding"
+    what = "the exact sum" if method is not None and method.exact else "the method's result"
+    if not report.error:
+        return f"0: {what}, before rounding"
+    return f"{short(report.error)} off {what}, by the ranks kept, before rounding"
 
 
 # -- components -------------------------------------------------------------------------------------------------------
 
 
-def _components(report: MergeReport) -> Table:
-    from rich.table import Table
+def _components(report: MergeReport, console: Console) -> None:
     from rich.text import Text
 
-    table = Table(box=None, padding=(0, 0, 0, 2), header_style="dim")
-    table.add_column("component", overflow="fold")
-    for title in ("modules", "merged", "rank before", "after", "error"):
-        table.add_column(title, justify="right", no_wrap=True)
+    from loratool.report.lines import numbers
+
+    table = numbers("component", "modules", "merged", "rank before", "after", "error")
     components = list(report.cosines)
+    cells: list[str] = []
     for component in [*components, *([""] if len(components) > 1 else [])]:
         own = [row for row in report.modules if component in ("", row.component)]
         merged = sum(_count(row) > 1 for row in own)
-        before = _range([max(rank for rank in row.ranks if rank is not None) for row in own])
-        cells = [f"{len(own):,}", f"{merged:,}", before, _range([row.rank_after for row in own]), _error(_total(own))]
+        before = spread([max(rank for rank in row.ranks if rank is not None) for row in own])
+        cells = [f"{len(own):,}", f"{merged:,}", before, spread([row.rank_after for row in own]), short(_total(own))]
         table.add_row(Text(inert(component, 40) or "all"), *cells, style="" if component else "bold")
-    return table
+    console.print(table)
+    if "/" in "".join(cells):  # the last row has the ranks of all
+        console.print(Text("  rank: least/median/most", "dim"))
 
 
 def _count(row: MergedModule) -> int:
     """How many inputs update it."""
     return sum(rank is not None for rank in row.ranks)
-
-
-def _range(ranks: Sequence[int]) -> str:
-    """`8/32/64`: the smallest, the median and the largest; one number if they are the same."""
-    found = (min(ranks), median_low(ranks), max(ranks))
-    return "/".join(map(str, found)) if len(set(found)) > 1 else str(found[0])
 
 
 def _total(rows: Sequence[MergedModule]) -> float:
@@ -207,16 +184,31 @@ def _pairs(report: MergeReport, component: str) -> Facts:
         for j in range(i + 1, len(matrix))
         if not math.isnan(matrix[i][j])
     ]
+    common = [(cosine, i, j) for cosine, i, j in found if _in_common(report, component, i, j)]
+    title, name = ("cosine" if component == next(iter(report.cosines)) else ""), inert(component, 40)
     if len(matrix) > _FEW_INPUTS and len(found) > 1:
-        found = [min(found), max(found)]
+        if not common:
+            return [(title, f"{name}: no two inputs update a weight in common", "")]
+        found = [min(common), max(common)] if len(common) > 1 else common
     names = letters(len(matrix))
     rows = []
     for cosine, i, j in found:
+        pair = f"{name}: {names[i]} and {names[j]}"
+        if (cosine, i, j) not in common:
+            rows.append(("", f"{pair} update no weight in common", ""))
+            continue
         turned = report.inputs[i].weight * report.inputs[j].weight < 0
         word = relation(-cosine if turned else cosine) + (" (one strength is negative)" if turned else "")
         shown = f"{cosine:.2f}".replace("-0.00", "0.00")
-        rows.append(("", f"{inert(component, 40)}: {names[i]} and {names[j]} {shown}, {word}", ""))
-    return [("cosine" if component == next(iter(report.cosines)) else "", *rows[0][1:]), *rows[1:]] if rows else []
+        rows.append(("", f"{pair} {shown}, {word}", ""))
+    return [(title, *rows[0][1:]), *rows[1:]] if rows else []
+
+
+def _in_common(report: MergeReport, component: str, i: int, j: int) -> bool:
+    """Whether both inputs update one weight of the component."""
+    return any(
+        row.ranks[i] is not None and row.ranks[j] is not None for row in report.modules if row.component == component
+    )
 
 
 def relation(cosine: float) -> str:
@@ -245,11 +237,11 @@ def _remarks(report: MergeReport) -> Facts:
     changed = [row for row in report.modules if row.approximated]
     for row in changed[:_NAMED]:
         kinds = ", ".join(row.approximated)
-        text = f"{inert(row.title, 120)}: {kinds} as LoRA of rank {row.rank_after}, relative error {_error(row.error)}"
+        text = f"{inert(row.title, 120)}: {kinds} as LoRA of rank {row.rank_after}, relative error {short(row.error)}"
         rows.append(("approximated", text, "yellow"))
     if len(changed) > _NAMED:
         worst = max(changed, key=lambda row: row.error)
-        text = f"+{len(changed) - _NAMED} more; the worst is {inert(worst.title, 120)}: {_error(worst.error)}"
+        text = f"+{len(changed) - _NAMED} more; the worst is {inert(worst.title, 120)}: {short(worst.error)}"
         rows.append(("", text, "yellow"))
     if report.silent:
         text = f"{plural(len(report.silent), 'module')} with no weight left, not in the output: {_few(report.silent)}"
@@ -267,14 +259,11 @@ def _remarks(report: MergeReport) -> Facts:
 
 
 def _modules(report: MergeReport) -> Table:
-    from rich.table import Table
-    from rich.text import Text
+    from loratool.report.lines import Name, numbers
 
-    table = Table(box=None, padding=(0, 0, 0, 2), header_style="dim")
-    table.add_column("module", overflow="fold")
-    for title in ("ranks", "after", "error"):
-        table.add_column(title, justify="right", overflow="fold")
+    table = numbers("module", "ranks", "after", "error")
+    table.columns[1].no_wrap, table.columns[1].overflow = len(report.inputs) <= _IN_A_ROW, "fold"
     for row in report.modules:
-        ranks = " ".join("-" if rank is None else str(rank) for rank in row.ranks)
-        table.add_row(Text(inert(row.title, 200)), ranks, str(row.rank_after), _error(row.error))
+        before = " ".join("-" if rank is None else str(rank) for rank in row.ranks)
+        table.add_row(Name(inert(row.title, 200)), before, str(row.rank_after), short(row.error))
     return table

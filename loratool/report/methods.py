@@ -10,6 +10,8 @@ from loratool.core.method import Method, Option
 if TYPE_CHECKING:
     from rich.console import Console
 
+_INDENT = 4
+
 
 def as_json(methods: Sequence[Method]) -> list[dict[str, Any]]:
     """The documented schema of `--list-methods --json` (docs/json.md)."""
@@ -30,21 +32,21 @@ def as_json(methods: Sequence[Method]) -> list[dict[str, Any]]:
 
 
 def show(methods: Sequence[Method], console: Console) -> None:
-    """A row for each method: what it is called, for whom it is, its options with their defaults."""
-    from rich.table import Table
+    """For each method what it is called, for whom it is, and its options with their defaults."""
+    from rich.padding import Padding
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("method", no_wrap=True)
-    table.add_column("title", overflow="fold", ratio=2)
-    table.add_column("when", overflow="fold", ratio=4)
-    table.add_column("options", overflow="fold", ratio=2)
-    for method in methods:
-        options = "\n".join(map(_option, method.options.values()))
-        table.add_row(
-            Text(method.id, "bold"), method.title, method.when, Text(options or "none", "" if options else "dim")
-        )
-    console.print(table)
+    from loratool.report.lines import Told, glued
+
+    width = max(len(method.id) for method in methods)
+    for index, method in enumerate(methods):
+        if index:
+            console.print()
+        console.print(Text.assemble((f"{method.id:{width}}", "bold"), f"  {method.title}"))
+        console.print(Padding(Text(method.when), (0, 0, 0, _INDENT)))
+        if method.options:
+            options = "  ".join(glued(_option(option)) for option in method.options.values())
+            console.print(Padding(Told(options, "dim"), (0, 0, 0, _INDENT)))
 
 
 def _option(option: Option) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
+from loratool.core.registry import methods
 from loratool.ops.recipe import file_name
 from loratool.ops.replay import Needed, ReplayReport
 from loratool.report.inert import inert
-from loratool.report.units import plural
+from loratool.report.units import few, plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,15 +32,9 @@ def as_json(report: ReplayReport) -> dict[str, Any]:
 
 def show(report: ReplayReport, console: Console) -> None:
     """What was made again, from what, and whether it is the same."""
-    from rich.table import Table
-    from rich.text import Text
+    from loratool.report.lines import facts
 
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True, min_width=8)
-    table.add_column(overflow="fold")
-    for title, text, style in (*_made(report), *_result(report)):
-        table.add_row(title, Text(text, style=style))
-    console.print(table)
+    console.print(facts([*_made(report), *_result(report)]))
 
 
 Facts = Iterator[tuple[str, str, str]]
@@ -48,8 +43,7 @@ Facts = Iterator[tuple[str, str, str]]
 
 def _made(report: ReplayReport) -> Facts:
     yield "recipe", inert(report.source, 200), ""
-    what = [f"{key} {_plain(value)}" for key, value in report.settings.items() if key not in ("base", "title")]
-    yield "", inert(", ".join([report.command, *what]), 300), ""
+    yield "", inert(", ".join([report.command, *_settings(report.settings)]), 300), ""
     for title, one in [*(("input", one) for one in report.inputs), ("base", report.base)]:
         if one is not None:
             yield title, _found(one), ""
@@ -58,6 +52,28 @@ def _made(report: ReplayReport) -> Facts:
         yield "version", text, "yellow"
     for note in report.notes:
         yield "note", inert(note), "yellow"
+
+
+def _settings(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What was asked for, without what is so anyway."""
+    for key, value in settings.items():
+        name = key.replace("_", " ")
+        if key in ("base", "title") or (key, value) == ("metadata", "first"):
+            continue  # a base has a line of its own, a title is the name of the file
+        if key == "rule":
+            yield str(value)
+        elif key == "options":
+            yield from _options(str(settings.get("method")), value)
+        else:
+            yield name if value is True else f"{name} {_plain(value)}"
+
+
+def _options(method: str, options: Mapping[str, Any]) -> Iterator[str]:
+    known = methods().get(method)
+    for name, value in options.items():
+        option = known.options.get(name) if known is not None else None
+        if option is None or option.default != value:
+            yield f"{name} {_plain(value)}"
 
 
 def _plain(value: object) -> str:
@@ -86,9 +102,7 @@ def _result(report: ReplayReport) -> Facts:
         if found.worst_module is not None:
             yield "", f"in {inert(found.worst_module, 200)}", "red"
     if found.entries:
-        more = f", +{len(found.entries) - _NAMED} more" if len(found.entries) > _NAMED else ""
-        names = ", ".join(inert(name, 120) for name in found.entries[:_NAMED])
-        yield "differ", f"{names}{more}", "yellow"
+        yield "differ", few((inert(name, 120) for name in found.entries), _NAMED), "yellow"
 
 
 def _difference(error: float | None) -> str:

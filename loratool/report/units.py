@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median_low
 from typing import Any
 
 
@@ -33,3 +34,25 @@ def histogram(values: Mapping[Any, int], most: int = 4) -> str:
         return str(next(iter(values)))
     shown = ", ".join(f"{value} ×{n}" for value, n in list(values.items())[:most])
     return shown + (f", +{len(values) - most} more" if len(values) > most else "")
+
+
+def ranks(values: Mapping[Any, int]) -> str:
+    """The histogram in letters that a terminal of any encoding shows: `8 x192, 4 x72`."""
+    return histogram(values).replace("×", "x")
+
+
+def spread(values: Sequence[int]) -> str:
+    """`8/32/64`: the least, the median and the most; one number if they are the same."""
+    found = (min(values), median_low(values), max(values))
+    return "/".join(map(str, found)) if len(set(found)) > 1 else str(found[0])
+
+
+def short(error: float) -> str:
+    """An error with two digits; 0 is exact."""
+    return f"{error:.2g}" if error else "0"
+
+
+def few(names: Iterable[str], most: int = 3) -> str:
+    """The first names and how many more there are."""
+    found = list(names)
+    return ", ".join(found[:most]) + (f", +{len(found) - most} more" if len(found) > most else "")

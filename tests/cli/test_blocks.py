@@ -37,6 +37,8 @@ def test_80_columns_and_every_block(tmp_path: Path, architecture: str) -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     ready = lines.pop()
+    assert lines[-1] == "to weigh them, copy and change:"
+    assert all(line == line.rstrip() for line in lines)
     assert max(map(len, lines)) <= 80
     blocks = architectures()[architecture].blocks
     assert blocks is not None

@@ -39,6 +39,7 @@ def test_the_same(merged: Path, tmp_path: Path) -> None:
     text = " ".join(result.stdout.split())
     for fact in ("merge, method dare_ties", "density 0.5", "seed 3", str(tmp_path), "identical, bit for bit"):
         assert fact in text or fact == str(tmp_path)
+    assert "metadata" not in text and "lambda" not in text and "normalize" not in text  # defaults
     assert sorted(tmp_path.iterdir()) == before
     assert run(merged, "-o", tmp_path / "new.safetensors").exit_code == 0
     assert (tmp_path / "new.safetensors").read_bytes() == merged.read_bytes()

@@ -190,10 +190,20 @@ def test_a_report_on_stdout(lora: Path, tmp_path: Path) -> None:
     assert_fits(result.stdout)
     flat = " ".join(result.stdout.split())
     facts = ["Stable Diffusion 1.x, 44 modules, rank 4", "rank 2", "energy 0.9", "4 -> 2", "relative error", "unet"]
-    facts += ["44 updates read back", "text_encoder", "all 44", "worst modules", "cut at 2 of 4"]
+    facts += ["44 updates read back, as far off as computed", "saved: of the tensors alone"]
+    facts += ["MiB -> ", "% less)", "text_encoder", "all 44", "worst modules", "cut at 2 of 4"]
     assert [fact for fact in facts if fact not in flat] == []
     assert any(char in result.stdout for char in BLOCKS)
     assert len(result.stdout.splitlines()) <= 60
+
+
+def test_nothing_to_cut(lora: Path, tmp_path: Path) -> None:
+    for rule, words in ((["--rank", "9"], "every module has rank 9 or less already"), (["--energy", "1"], "its rank")):
+        result = run(lora, *rule, "-o", tmp_path / "out.safetensors", "--overwrite")
+        assert result.exit_code == 0, result.output
+        flat = " ".join(result.stdout.split())
+        assert "kept nothing was cut: every module" in flat and words in flat and "(about the same)" in flat
+        assert "component" not in flat and "worst" not in flat
 
 
 def test_modules_are_listed(lora: Path) -> None:
