@@ -101,4 +101,8 @@ class Family(Protocol):
         """Norm of the update over that of its product (Frobenius), without the scale. Of arrays or tensors."""
 
     def scaled(self, factors: Factors, gain: float) -> Factors:
-        """Factors of the update times `gain`, each rounded once to its dtype."""
+        """Factors of the update times `gain`, each rounded once to its dtype.
+
+        One factor takes the gain, unless its dtype cannot hold the result: then two share it. Raises TooLarge where
+        that is not enough.
+        """

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.core.errors import NotExact
 from loratool.core.family import Factors, Part, Product, Shapes
+from loratool.core.ranges import spread
 from loratool.core.tensor import LazyTensor, concatenated, same_bytes, scaled
 
 if TYPE_CHECKING:
@@ -149,9 +150,10 @@ class Lokr:
         return math.sqrt(float((w1 * w1).sum()))
 
     def scaled(self, factors: Factors, gain: float) -> Factors:
-        """w1 (or its left half) times `gain`."""
-        left = "w1" if "w1" in factors else "w1_a"
-        return {**factors, left: scaled(factors[left], gain)}
+        """w1 (or its left half) times `gain`; w2 takes a part of it where the dtype of w1 cannot hold the result."""
+        left, right = ("w1" if "w1" in factors else "w1_a"), ("w2" if "w2" in factors else "w2_a")
+        outer, inner = spread(gain, factors[left], factors[right])
+        return {**factors, left: scaled(factors[left], outer), right: scaled(factors[right], inner)}
 
 
 def _transposed(matrix: LazyTensor) -> LazyTensor:

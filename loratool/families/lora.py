@@ -8,11 +8,12 @@ transposed product. `bias` is the bias of `up` (PEFT's `lora_bias`), of shape `(
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loratool.core.errors import NotExact
 from loratool.core.family import Factors, Part, Product, Shapes
+from loratool.core.ranges import check_gain, spread
 from loratool.core.tensor import LazyTensor, concatenated, same_bytes, scaled
 
 if TYPE_CHECKING:
@@ -174,9 +175,13 @@ class Lora:
         return 1.0
 
     def scaled(self, factors: Factors, gain: float) -> Factors:
-        """up and bias times `gain`."""
-        halves = ("embedding_B",) if "embedding_A" in factors else ("up", "bias")
-        return {role: scaled(f, gain) if role in halves else f for role, f in factors.items()}
+        """up and bias times `gain`; down takes a part of it where the dtype of up cannot hold the result."""
+        left, right = _halves(factors)
+        gains = dict(zip((left, right), spread(gain, factors[left], factors[right]), strict=True))
+        if "bias" in factors:
+            check_gain(gain, factors["bias"])
+            gains["bias"] = gain
+        return {role: scaled(f, gains.get(role, 1.0)) for role, f in factors.items()}
 
 
 def _flat(factor: LazyTensor) -> LazyTensor:
@@ -184,8 +189,8 @@ def _flat(factor: LazyTensor) -> LazyTensor:
     return factor.reshape((factor.shape[0], factor.numel // factor.shape[0]))
 
 
-def _halves(shapes: Shapes) -> tuple[str, str]:
-    embedding = "embedding_A" in shapes or "embedding_B" in shapes
+def _halves(roles: Collection[str]) -> tuple[str, str]:
+    embedding = "embedding_A" in roles or "embedding_B" in roles
     return ("embedding_B", "embedding_A") if embedding else ("up", "down")
 
 

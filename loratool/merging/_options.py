@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 from loratool.core.errors import UsageError
@@ -14,12 +15,13 @@ def check_share(name: str, value: float) -> None:
         raise UsageError(f"{name} is {value}, expected a number from 0 to 1")
 
 
-def check_number(name: str, value: float, least: float = -math.inf) -> None:
-    """UsageError unless a value is finite and not below `least`."""
-    if not math.isfinite(value) or value < least:
-        raise UsageError(
-            f"{name} is {value}, expected a number" + ("" if least == -math.inf else f" from {least:g} up")
-        )
+def check_number(name: str, value: float, least: float = -math.inf, most: float = math.inf) -> None:
+    """UsageError unless a value is finite and from `least` to `most`."""
+    # Not isfinite: it fails for whole numbers that no float can hold.
+    if not (least <= value <= most and abs(value) <= sys.float_info.max):
+        low = "" if least == -math.inf else f" from {least:g}"
+        high = f" to {most:g}" if most < math.inf else " up" if low else ""
+        raise UsageError(f"{name} is {value}, expected a number{low}{high}")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loratool.core.errors import UsageError
 from loratool.core.method import Method, Update
 from loratool.merging._dense import scaled, weighted_sum
 from loratool.merging._options import check_number
+
+MOST_STEPS = 1000
+"""Iterations that may be asked for. A mean that has not settled by then does not: a recipe must not run for ever."""
 
 
 def merge(
@@ -28,9 +30,8 @@ def merge(
     Updates that are zero have no direction, but count in the mean of the norms. Where directions cancel there is no
     mean direction, and the weighted mean of the updates is returned.
     """
-    if max_iter < 0:
-        raise UsageError(f"max_iter is {max_iter}, expected a number from 0 up")
-    check_number("tol", tol, 0)
+    check_number("max_iter", max_iter, 0, MOST_STEPS)
+    check_number("tol", tol, 0, 1)
     total = sum(abs(weight) for weight in weights)
     units = [update.dense() for update in updates]
     if not total:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,10 +19,10 @@ from loratool.core.blocks import runs
 from loratool.core.errors import FormatError, UsageError
 from loratool.core.module import Module
 from loratool.core.target import Target
+from loratool.ops.compare import stored_pair
 
 if TYPE_CHECKING:
     import yaml
-    from torch import Tensor
 
 EVERYWHERE = {"NONE": 0.0, "ALL": 1.0, "ALL0.5": 0.5}
 """The presets that any model has: one weight for all blocks."""
@@ -88,7 +89,8 @@ class BlockWeights:
 
 
 def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Not isfinite: a whole number that no float can hold has no float to ask.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -414,19 +416,10 @@ def _block_names(architecture: Architecture) -> Mapping[str, tuple[str, ...]]:
 
 def _squared_norm(module: Module) -> float:
     """||delta||_F^2. Of a pair from its r x r Gram matrices, so that no dense matrix is formed."""
-    pair = _pair(module)
+    pair = stored_pair(module)
     if pair is None:
         return float(module.delta().double().square().sum())
     left, right = pair
     gram = float(((left.T @ left) * (right @ right.T)).sum())
     # Rounding can make the trace of a vanishing update a tiny negative number; a NaN must stay one.
     return 0.0 if gram < 0 else gram * module.scale**2
-
-
-def _pair(module: Module) -> tuple[Tensor, Tensor] | None:
-    """`(m, rank)` and `(rank, n)` in float64 whose product has the norm of the unscaled update, if there are such."""
-    factors = module.factors
-    for left, right in (("up", "down"), ("embedding_B", "embedding_A")):
-        if factors.keys() - {"bias"} == {left, right}:
-            return factors[left].load().double().flatten(1), factors[right].load().double().flatten(1)
-    return None

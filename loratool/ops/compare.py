@@ -133,12 +133,7 @@ def _bitwise(a: _Stretch, b: _Stretch) -> bool:
     if one.family.id != other.family.id or left.keys() != right.keys() or one.scale != other.scale:
         return False
     if not (a.whole and b.whole):
-        if (
-            _pair_roles(one) is None
-            or _pair_roles(other) is None
-            or one.magnitude is not None
-            or other.magnitude is not None
-        ):
+        if not all(_is_plain(module) and module.magnitude is None for module in (one, other)):
             return False
         left = {role: t.rows(a.start, a.stop) if role != "down" else t for role, t in left.items()}
         right = {role: t.rows(b.start, b.stop) if role != "down" else t for role, t in right.items()}
@@ -152,7 +147,7 @@ def _bitwise(a: _Stretch, b: _Stretch) -> bool:
 def _same_live(a: _Stretch, b: _Stretch) -> bool:
     """Whether two stretches of pairs hold the same values but for components that do not reach these rows."""
     one, other = a.module, b.module
-    if _pair_roles(one) is None or _pair_roles(other) is None or one.scale != other.scale or one.dtype != other.dtype:
+    if not (_is_plain(one) and _is_plain(other)) or one.scale != other.scale or one.dtype != other.dtype:
         return False
     if any(vector in m.tensors for m in (one, other) for vector in ("magnitude", "bias")):
         return False
@@ -196,20 +191,27 @@ def _relative(a: _Stretch, b: _Stretch) -> float:
     return _ratio(_qr_difference(up_a, down_a, up_b, down_b), norm)
 
 
-def _pair_roles(module: Module) -> tuple[str, str] | None:
-    roles = set(module.factors) - {"bias"}
-    return ("up", "down") if roles == {"up", "down"} else None
+def _is_plain(module: Module) -> bool:
+    """Whether the module is up and down, whose rows can be cut out of the factors as they are."""
+    return module.factors.keys() - {"bias"} == {"up", "down"}
 
 
 def _pair(stretch: _Stretch) -> tuple[Tensor, Tensor] | None:
-    """up (scaled) and down as float64 matrices, if the module is a plain pair."""
-    module, factors = stretch.module, stretch.module.factors
-    if _pair_roles(module) is not None:
-        up = factors["up"].load()[stretch.start : stretch.stop].double().flatten(1)
-        return up * module.scale, factors["down"].load().double().flatten(1)
-    if set(factors) == {"embedding_A", "embedding_B"}:
-        return factors["embedding_A"].load().double().T * module.scale, factors["embedding_B"].load().double().T
-    return None
+    """The rows as two float64 matrices, the scale on the left one, if the module is stored as such a product."""
+    pair = stored_pair(stretch.module)
+    if pair is None:
+        return None
+    return pair[0][stretch.start : stretch.stop] * stretch.module.scale, pair[1]
+
+
+def stored_pair(module: Module) -> tuple[Tensor, Tensor] | None:
+    """`(out, rank)` and `(rank, in * kh * kw)` in float64 whose product times the scale is the update; None where it is
+    no product of two stored factors."""
+    product = module.product
+    if not product.whole or product.core is not None or product.right is None:
+        return None
+    left, right = product.left.load().double(), product.right.load().double()
+    return (right.T, left.T) if product.transposed else (left, right)
 
 
 def _sum_norm(products: Sequence[tuple[Tensor, Tensor]]) -> float:

@@ -14,26 +14,32 @@ from torch import Tensor
 
 from loratool.core.adapter import Adapter
 from loratool.core.errors import FormatError, NotExact, UsageError, few
-from loratool.core.family import Product
 from loratool.core.method import Method, Option
 from loratool.core.module import Module
-from loratool.core.registry import families, layouts
+from loratool.core.ranges import TooLarge
+from loratool.core.registry import layouts
 from loratool.core.tensor import DTYPES, LazyTensor, code_of, torch_dtype
 from loratool.ops.conflicts import sign_conflicts
 from loratool.ops.convert import cast
+from loratool.ops.decompose import decompose
 from loratool.ops.low_rank import low_rank
+from loratool.ops.merged_module import (
+    check_range,
+    in_scale,
+    of_balanced,
+    pair_module,
+    scale_of,
+    shifted,
+    shifts,
+)
 from loratool.ops.pool import Tick, each
 from loratool.ops.probe import Terms
-from loratool.ops.ranks import Limits, Rule
-from loratool.ops.resize import Cut, Written, resize
-from loratool.ops.similar import Similar, independent
-from loratool.ops.spectrum import spectrum, truncated
-from loratool.ops.terms import Group, Input, Seen, group
+from loratool.ops.ranks import LOCAL, Limits, Rule, choose
+from loratool.ops.resize import Cut, Written, candidate, resize
+from loratool.ops.similar import Similar, independent, norm_of_sum
+from loratool.ops.spectrum import Spectrum, spectrum, truncated
+from loratool.ops.terms import REPLACED_BY, Group, Input, Seen, common_dtype, group, wide_dtype
 from loratool.ops.weights import BaseWeights
-
-FAR = 4096.0
-"""From this ratio on, two scales alpha / rank do not fit into one."""
-
 
 if TYPE_CHECKING:
     from loratool.core.tensor import Array
@@ -119,13 +125,16 @@ def merge(
     adapter = Adapter(tuple(one.module for one in made), first.architecture, layout.id, path=first.path)
     cuts: Sequence[Cut | None] = [None] * len(made)
     if rule is not None:
-        resized = resize(adapter, rule, limits=limits, dtype=dtype, written=written, device=device)
+        spectra = _spectra(made, device)
+        resized = resize(adapter, rule, limits=limits, dtype=dtype, spectra=spectra, written=written)
         adapter, cuts = resized.adapter, resized.cuts
     modules = tuple(
         module if module.dtype == one.dtype or module is one.kept else cast(module, one.dtype)
         for one, module in zip(made, adapter.modules, strict=True)
     )
     rows = tuple(one.row(len(inputs), module, cut) for one, module, cut in zip(made, modules, cuts, strict=True))
+    for module, row in zip(modules, rows, strict=True):
+        check_range(module, row.norm)
     return Merged(
         adapter=replace(adapter, modules=modules),
         modules=rows,
@@ -194,8 +203,7 @@ def _check_kinds(
     if not approximate:
         raise NotExact(
             f"{len(needed)} modules ({', '.join(kinds)}) have no exact sum: {few(tuple(needed))}",
-            hint="--approximate --energy 0.999 replaces them by low-rank pairs and reports the error"
-            + ("; DoRA needs --base CHECKPOINT as well" if "DoRA" in kinds else ""),
+            hint=REPLACED_BY + ("; DoRA needs --base CHECKPOINT as well" if "DoRA" in kinds else ""),
         )
     if "DoRA" in kinds and base is None:
         title = next(title for title, found in needed.items() if "DoRA" in found)
@@ -206,40 +214,46 @@ def _check_kinds(
 
 def _replaced(one: Group, method: Method) -> tuple[str, ...]:
     """The kinds of modules in a group that a low-rank form has to replace."""
-    if _alone(one, method) is not None:
+    if _is_alone(one, method):
         return ()
     return tuple(dict.fromkeys(term.kind for term in one.terms if term.kind is not None))
 
 
-def _alone(one: Group, method: Method) -> Module | None:
-    """The one module of a group times its strength, where the sum is just that."""
+def _is_alone(one: Group, method: Method) -> bool:
+    """Whether the sum is just one module of an input, times a number."""
     term = one.terms[0]
-    if not method.exact or len(one.terms) > 1 or term.gain is None or not one.writable:
-        return None
-    gain = term.weight * term.gain
-    if gain == 1:
-        return term.module
-    if term.module.magnitude is not None:
-        return None
-    return replace(term.module, factors=term.module.family.scaled(term.module.factors, gain))
+    if not method.exact or len(one.terms) > 1 or term.gain is None or not one.writable or term.stands_for is not None:
+        return False
+    return term.module.magnitude is None or term.weight * term.gain == 1
 
 
 # -- one module -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
+class _Result:
+    """A module of what a method made: the norm of what the method says, and how far the module is from that.
+
+    `spectrum` is the module's, where it is known already.
+    """
+
+    module: Module
+    norm: float
+    error: float = 0.0
+    spectrum: Spectrum | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class _Made:
-    """One merged module before a rule; `norm` is that of what the method says, `error` how far the module is from it.
+    """One merged module before a rule; `exact` says whether it is the weighted sum.
 
     `kept` is the module if it is an input's very own, whose dtype stays.
     """
 
-    module: Module
+    result: _Result
     group: Group
     dtype: str
     inner: Tensor
-    norm: float
-    error: float
     expected: Terms
     image: Array | None = None
     exact: bool = True
@@ -247,18 +261,26 @@ class _Made:
     replaced: tuple[str, ...] = ()
     conflicts: tuple[int, int] | None = None
 
+    @property
+    def module(self) -> Module:
+        """The module itself."""
+        return self.result.module
+
     def row(self, inputs: int, module: Module, cut: Cut | None) -> MergedModule:
         """What is reported of it, after a rule that made `module` of it."""
-        ranks = {term.index: term.module.product.rank for term in self.group.terms}
+        ranks = {term.index: term.own.product.rank for term in self.group.terms}
+        error = self.result.error
         # What the rule lost is a share of what the first truncation had left.
-        further = cut.error**2 * (1 - self.error**2) if cut is not None else 0.0
+        further = cut.error**2 * (1 - error**2) if cut is not None else 0.0
+        # The norm of a sum of large ranks was estimated only.
+        measured = cut is not None and self.exact and self.result.spectrum is None
         return MergedModule(
             title=module.title,
             component=module.component,
             ranks=tuple(ranks.get(index) for index in range(inputs)),
             rank_after=module.product.rank,
-            norm=cut.norm if cut is not None and self.exact else self.norm,
-            error=math.sqrt(self.error**2 + further),
+            norm=cut.norm if cut is not None and measured else self.result.norm,
+            error=math.sqrt(error**2 + further),
             approximated=self.replaced,
             conflicts=self.conflicts[0] if self.conflicts else None,
             shared=self.conflicts[1] if self.conflicts else None,
@@ -268,7 +290,14 @@ class _Made:
         """How far the final module is from `expected`."""
         if self.exact:
             return row.error
-        return cut.error if cut is not None else 0.0
+        return cut.error if cut is not None and row.rank_after < self.module.product.rank else 0.0
+
+
+def _spectra(made: Sequence[_Made], device: str) -> list[Spectrum]:
+    """The spectra of all modules: those that are known, and the others decomposed."""
+    unknown = [one.module for one in made if one.result.spectrum is None]
+    found = iter(decompose(unknown, device))
+    return [one.result.spectrum or next(found) for one in made]
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,74 +315,118 @@ class _Job:
 
     def run(self, one: Group) -> _Made:
         """The merged module of one group."""
-        seen = self.seen(one)
+        dtype = self.dtype or common_dtype(f.dtype for term in one.terms for f in term.own.factors.values())
+        try:
+            return self._alone(one, dtype) if _is_alone(one, self.method) else self._merged(one, dtype)
+        except TooLarge as error:
+            error.key = error.key or one.first.title
+            raise
+
+    def _alone(self, one: Group, dtype: str) -> _Made:
+        (term,) = one.terms
+        seen = self._seen(one)
         similar = Similar(seen)
-        dtype = self.dtype or common_dtype([f.dtype for term in one.terms for f in term.module.factors.values()])
-        alone = _alone(one, self.method)
-        if alone is not None:
-            # Without the base, the norm that a DoRA's factors have.
-            norm = similar.norm(self.weights) if seen[one.terms[0].index].known else spectrum(alone).norm
-            expected = _weighed(one) if alone.magnitude is None else [(alone, 1.0)]
-            kept = alone if self.dtype is None or alone.dtype == dtype else None
-            return _Made(alone, one, dtype, similar.inner, norm, 0.0, expected, None, True, kept)
+        module, gain = term.module, term.weight * term.gains[0]
+        # Without the base, the norm that a DoRA's factors have.
+        norm = similar.norm(self.weights) if seen[term.index].known else spectrum(module).norm
+        if gain == 1:
+            expected = _weighed(one) if module.magnitude is None else [(module, 1.0)]
+            kept = module if self.dtype is None or module.dtype == dtype else None
+            return _Made(_Result(module, norm), one, dtype, similar.inner, expected, kept=kept)
+        # First in the new dtype: it is this one's range that counts.
+        module = cast(module, dtype)
+        module = replace(module, factors=module.family.scaled(module.factors, gain))
+        return _Made(_Result(module, norm), one, dtype, similar.inner, _weighed(one))
+
+    def _merged(self, one: Group, dtype: str) -> _Made:
+        seen = self._seen(one)
+        similar = Similar(seen)
+        if similar.cancels(self.weights):
+            seen = self._seen(one, torch.float64)
         conflicts = None
         if "sign" in self.method.options:
             dense = [each_seen.dense() for each_seen in seen if each_seen.term is not None]
             conflicts = sign_conflicts(dense, [term.weight for term in one.terms])
             del dense
-        result = self.method.apply(seen, self.weights, self.options)
-        if isinstance(result, tuple):
-            made, norm, error = self._of_pair(one, seen, result, similar, dtype)
-        else:
-            made, norm, error = self._of_dense(one, result)
+        result = self._result(one, seen, similar, dtype)
         # DoRA is no sum; what is no product of factors cannot be scaled row by row.
         exact = self.method.exact and all(
             term.kind is None or (term.kind != "DoRA" and term.gain is not None) for term in one.terms
         )
-        replaced = _replaced(one, self.method)
-        expected = _weighed(one) if exact else [(made, 1.0)]
+        expected = _weighed(one) if exact else [(result.module, 1.0)]
         image = similar.image(self.weights) if exact else None
-        return _Made(made, one, dtype, similar.inner, norm, error, expected, image, exact, None, replaced, conflicts)
+        replaced = _replaced(one, self.method)
+        return _Made(result, one, dtype, similar.inner, expected, image, exact, None, replaced, conflicts)
 
-    def seen(self, one: Group, work: torch.dtype | None = None) -> list[Seen]:
+    def _result(self, one: Group, seen: Sequence[Seen], similar: Similar, dtype: str) -> _Result:
+        if self.method.exact and all(term.kind is None for term in one.terms):
+            return self._sum(one, seen, similar, dtype)
+        if self.method.exact:  # of dense updates: their factors would have every rank there is
+            terms = [(each_seen.dense(), self.weights[each_seen.index]) for each_seen in seen if each_seen.term]
+            return self._dense(one, sum((values * weight for values, weight in terms), torch.zeros(())), dtype)
+        made = self.method.apply(seen, self.weights, self.options)
+        if not isinstance(made, tuple):
+            return self._dense(one, made, dtype)
+        left, right = in_scale(one, *made)
+        left, right = shifted(left, right, shifts(left, right, dtype))
+        module = pair_module(one, _held(left), _held(right), dtype)
+        if not self.method.stands_for_sum:
+            found = spectrum(module)
+            return _Result(module, found.norm, 0.0, found)
+        norm = similar.norm(self.weights)
+        return _Result(module, norm, norm_of_sum(seen, self.weights, made) / norm if norm else 0.0)
+
+    def _seen(self, one: Group, work: torch.dtype | None = None) -> list[Seen]:
         """The terms as the method sees them, in `work`: float64 for a sum of what is stored in more than 16 bits.
 
-        A sum is seen in the scale of the result: most factors are then taken as they are.
+        A sum of factors is seen in the scale of the result: most factors are then taken as they are.
         """
-        wide = any(DTYPES[term.module.dtype] > 16 for term in one.terms)
-        work = work or (torch.float64 if wide and self.method.exact else torch.float32)
+        wide = any(wide_dtype(term.own.dtype) for term in one.terms)
+        work = work or (torch.float64 if wide and (self.method.exact or self.method.stands_for_sum) else torch.float32)
         by_index = {term.index: term for term in one.terms}
-        unit = self._unit(one)
+        unit = scale_of(one) if self.method.exact and all(term.kind is None for term in one.terms) else 1.0
         return [
             Seen(index, one.first.title, one.shape, by_index.get(index), work, self.device, self.base, unit)
             for index in range(len(self.weights))
         ]
 
-    def _unit(self, one: Group) -> float:
-        return _scale(one) if self.method.exact else 1.0
-
-    def _of_pair(
-        self, one: Group, seen: Sequence[Seen], result: tuple[Tensor, Tensor], similar: Similar, dtype: str
-    ) -> tuple[Module, float, float]:
-        """A module of these factors, its norm, and its relative error where it stands for the weighted sum.
-
-        An exact sum is computed again when it is written, with fewer ranks where some carry nothing.
-        """
-        left, right = result
-        if not self.method.exact:
-            module = _pair_module(one, _held(left), _held(right))
-            error = _distance(result, seen, self.weights, similar) if self.method.stands_for_sum else 0.0
-            return module, spectrum(module).norm, error
+    def _sum(self, one: Group, seen: Sequence[Seen], similar: Similar, dtype: str) -> _Result:
+        """A weighted sum, computed again when it is written, with fewer ranks where some carry nothing."""
+        left, right = self.method.apply(seen, self.weights, self.options)
+        powers = shifts(left, right, dtype)
         norm = similar.norm(self.weights)
-        if left.shape[1] <= min(one.shape) and independent(left, right):
-            work = torch_dtype(dtype) if self._copies(one, dtype) else left.dtype
-            again = _Twice(lambda: self.method.apply(self.seen(one, work), self.weights, self.options))
-            first = LazyTensor.computed(left.shape, code_of(work), partial(again.take, 0))
-            second = LazyTensor.computed(right.shape, code_of(work), partial(again.take, 1))
-            return _pair_module(one, first, second, self._unit(one)), norm, 0.0
-        whole = _pair_module(one, _held(left), _held(right), self._unit(one))
+        # What cancels is cut to its own size: else its factors would be rounded as the terms are.
+        apart = not similar.cancels(self.weights) and left.shape[1] <= min(one.shape)
+        if apart and independent(left, right):
+            work = torch_dtype(dtype) if powers is None and self._copies(one, dtype) else left.dtype
+            sides = self._again(one, left.shape[1], work, powers)
+            return _Result(pair_module(one, *sides, dtype), norm)
+        sides = self._again(one, left.shape[1], left.dtype, powers, shifted(left, right, powers))
+        whole = pair_module(one, *sides, dtype)
         found = spectrum(whole)
-        return truncated(whole, found, max(found.rank, 1), code_of(left.dtype)), norm, 0.0
+        rank = max(found.rank, 1)
+        return _Result(truncated(whole, found, rank, code_of(left.dtype)), norm and found.norm, 0.0, found)
+
+    def _again(
+        self,
+        one: Group,
+        rank: int,
+        work: torch.dtype,
+        powers: Tensor | None,
+        known: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[LazyTensor, LazyTensor]:
+        """The factors of a sum, made in `work` whenever they are read; the first time they are the `known` ones."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            left, right = self.method.apply(self._seen(one, work), self.weights, self.options)
+            return shifted(left, right, powers)
+
+        both = _Twice(make, known)
+        code = code_of(work)
+        return (
+            LazyTensor.computed((one.shape[0], rank), code, partial(both.take, 0)),
+            LazyTensor.computed((rank, one.shape[1]), code, partial(both.take, 1)),
+        )
 
     def _copies(self, one: Group, dtype: str) -> bool:
         """Whether a sum in the output's own dtype rounds no value twice: only strengths scale anything."""
@@ -364,25 +437,38 @@ class _Job:
                 term.kind is None
                 and term.gain == 1
                 and all(factor.dtype == dtype for factor in term.module.factors.values())
-                and term.module.scale == self._unit(one)
+                and term.module.scale == scale_of(one)
                 and "mid" not in term.module.factors
                 for term in one.terms
             )
         )
 
-    def _of_dense(self, one: Group, matrix: Tensor) -> tuple[Module, float, float]:
-        """A module of the matrix' largest singular values, its norm, and the relative error of leaving the rest out."""
-        norm = float(matrix.double().norm())
+    def _dense(self, one: Group, matrix: Tensor, dtype: str) -> _Result:
+        """The largest singular values of a matrix, as many as a rule for one module leaves of them."""
+        norm = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+        if not math.isfinite(norm):
+            raise TooLarge(code_of(matrix.dtype))
         x, values, y = low_rank(matrix, self._limit(one))
         root = values.sqrt()
         left, right = x * root, root[:, None] * y
         error = float((matrix - left @ right).double().norm()) / norm if norm else 0.0
-        return _pair_module(one, _held(left), _held(right)), norm, error
+        left, right = in_scale(one, left, right)
+        module = pair_module(one, _held(left), _held(right), dtype)
+        if self.rule is None:
+            return _Result(module, norm, error)
+        spread = values.tolist()
+        found = of_balanced(module, spread)
+        if self.rule.kind in LOCAL:
+            # The singular vectors that are not wanted go now: those of all modules would not fit into memory.
+            (rank,) = choose(self.rule, [candidate(module, found, self.dtype)], self.limits)
+            module = pair_module(one, _held(left[:, :rank].clone()), _held(right[:rank].clone()), dtype)
+            found = replace(found, cut=of_balanced(module, spread).cut)
+        return _Result(module, norm, error, found)
 
     def _limit(self, one: Group) -> int:
         """The rank that a dense result is brought to first: at least what the rule and the limits give it then."""
         if self.rule is None:
-            return max(term.module.product.rank for term in one.terms)
+            return max(term.own.product.rank for term in one.terms)
         if self.rule.kind != "rank":
             return min(one.shape)
         return max(int(self.rule.value), self.limits.min_rank, self.limits.conv_rank or 1)
@@ -391,25 +477,15 @@ class _Job:
 class _Twice:
     """Two matrices that are made together, given out one by one, and kept no longer than that."""
 
-    def __init__(self, make: Callable[[], tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, make: Callable[[], tuple[Tensor, Tensor]], known: tuple[Tensor, Tensor] | None) -> None:
         self._make = make
-        self._kept: dict[int, Tensor] = {}
+        self._kept = dict(enumerate(known or ()))
 
     def take(self, side: int) -> Tensor:
         """The left (0) or the right (1) matrix, on the CPU."""
         if side not in self._kept:
-            self._kept = dict(enumerate(part.cpu() for part in self._make()))
-        return self._kept.pop(side)
-
-
-def _distance(result: tuple[Tensor, Tensor], seen: Sequence[Seen], weights: Sequence[float], similar: Similar) -> float:
-    """||left @ right - weighted sum|| / ||weighted sum||, in float64 from QRs of all factors side by side."""
-    pairs = [(-weight, *one.pair()) for one, weight in zip(seen, weights, strict=True)]
-    left = torch.cat([result[0].double(), *(part.double() * weight for weight, part, _ in pairs)], dim=1)
-    right = torch.cat([result[1].double(), *(part.double() for _, _, part in pairs)])
-    off = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.T, mode="r").R.T
-    norm = similar.norm(weights)
-    return float(off.norm()) / norm if norm else 0.0
+            self._kept = dict(enumerate(self._make()))
+        return self._kept.pop(side).cpu()
 
 
 def _cosines(made: Sequence[_Made], component: str) -> list[list[float]]:
@@ -420,94 +496,9 @@ def _cosines(made: Sequence[_Made], component: str) -> list[list[float]]:
     return cosines
 
 
-def common_dtype(dtypes: Sequence[str]) -> str:
-    """The one dtype, or the smallest that holds all: F32 for F16 with BF16, F16 for different 8-bit floats."""
-    found = set(dtypes)
-    if len(found) == 1:
-        return found.pop()
-    wide = {dtype for dtype in found if DTYPES[dtype] > 8} or {"F16"}
-    if len(wide) == 1:
-        return wide.pop()
-    return "F64" if "F64" in wide else "F32"
-
-
 def _held(matrix: Tensor) -> LazyTensor:
     return LazyTensor.from_torch(matrix.cpu().contiguous())
 
 
-# -- a module of given factors ----------------------------------------------------------------------------------------
-
-
-def _template(one: Group) -> Module | None:
-    """The first module of the group whose form a plain pair can take."""
-    pairs = (term.module for term in one.terms if term.module.product.whole)
-    return next(pairs, None)
-
-
-def _scale(one: Group) -> float:
-    """alpha / rank of the merged module: the first input's, so that its factors keep their values.
-
-    The largest where that is far larger: beside it, the factors of others would leave the range of float16.
-    """
-    template = _template(one)
-    first = template.scale if template is not None else 1.0
-    largest = max((term.module.scale if term.kind is None else 1.0 for term in one.terms), key=abs)
-    return first if abs(largest) <= FAR * abs(first) and first else largest or 1.0
-
-
 def _weighed(one: Group) -> Terms:
     return [(term.weighed(), term.weight) for term in one.terms]
-
-
-def _pair_module(one: Group, left: LazyTensor, right: LazyTensor, unit: float = 1.0) -> Module:
-    """A LoRA module whose update is unit * left @ right, in the form and with the scale of the first that is one."""
-    scale, template = _scale(one), _template(one)
-    if scale != unit:
-        root = math.sqrt(abs(unit / scale))
-        left, right = _times(left, math.copysign(root, unit / scale)), _times(right, root)
-    if template is None:
-        first = one.first
-        kernel = first.shape[2:]
-        if not kernel and len(first.targets[0].shape) > 2:
-            kernel = first.targets[0].shape[2:]  # a LoKr whose w2_b hides the kernel
-        ones = (1,) * len(kernel)
-        width = right.shape[1] // math.prod(kernel)
-        factors = {
-            "up": left.reshape((*left.shape, *ones)),
-            "down": right.reshape((right.shape[0], width, *kernel)),
-        }
-        return Module(first.targets, families()["lora"], factors, float(left.shape[1]))
-    old = template.product
-    product = Product(left, right)
-    if old.transposed:
-        product = Product(_transposed(right), _transposed(left), transposed=True)
-    factors = dict(template.family.with_product(template.factors, product))
-    if "bias" in {role for term in one.terms for role in term.module.factors}:
-        factors["bias"] = _bias(one, scale, left.dtype)
-    module = replace(template, factors=factors, alpha=None, magnitude=None, keys={})
-    if template.alpha is None:
-        return module
-    return replace(module, alpha=template.family.alpha(module.shapes, scale))
-
-
-def _times(matrix: LazyTensor, gain: float) -> LazyTensor:
-    return LazyTensor.computed(matrix.shape, matrix.dtype, lambda: matrix.load() * gain)
-
-
-def _transposed(matrix: LazyTensor) -> LazyTensor:
-    return LazyTensor.computed(matrix.shape[::-1], matrix.dtype, lambda: matrix.load().T.contiguous())
-
-
-def _bias(one: Group, scale: float, dtype: str) -> LazyTensor:
-    """The weighted sum of the biases, each with the scale that its module gives it."""
-    height = one.shape[0]
-
-    def make() -> Tensor:
-        total = torch.zeros(height, dtype=torch.float64)
-        for term in one.terms:
-            if "bias" in term.module.factors:
-                bias = term.module.factors["bias"].load().double()
-                total += term.weight * term.module.scale / scale * term.gained(bias)
-        return total.to(torch_dtype(dtype))
-
-    return LazyTensor.computed((height,), dtype, make)

@@ -228,7 +228,7 @@ def merge_files(
         silent=merged.silent,
         kept=tuple(extras),
         dropped=dropped,
-        notes=(*_notes(inputs), *_weakened(method, options, sources)),
+        notes=(*_notes(inputs), *_weakened(method, options, sources), *_cancelled(method, merged.modules)),
         held=held,
         seconds=time.perf_counter() - started,
     )
@@ -321,6 +321,14 @@ def _weakened(method: Method, options: Mapping[str, Any], sources: Sequence[Sour
     if not told:
         return ()
     return (f"{method.id} weakens modules that only one input has: {', '.join(told)}; concat would not",)
+
+
+def _cancelled(method: Method, rows: Sequence[MergedModule]) -> tuple[str, ...]:
+    """A note where nothing is left of what several inputs say, so that no relative error can be told."""
+    if not (method.exact or method.stands_for_sum):
+        return ()
+    gone = [row.title for row in rows if row.norm == 0 and sum(rank is not None for rank in row.ranks) > 1]
+    return (f"the updates of {len(gone)} modules add up to zero: {few(gone)}",) if gone else ()
 
 
 def _notes(inputs: Sequence[Input]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +33,8 @@ def base_norms(
     Float32 with float64 sums; the spectral norm by Lanczos, good to about 1e-3, from below. Kept in
     `~/.cache/loratool/norms`, by the checkpoint's path, size and time. Raises what `base_weights` does.
     """
-    weights = base_weights(path, adapter)
+    # Norms do not change where a square weight is taken for its transpose.
+    weights = replace(base_weights(path, adapter), transposed=False)
     cache = _Cache(path)
     known = cache.read()
     todo = [module for module in adapter.modules if _key(module) not in known]

@@ -87,7 +87,7 @@ def resize(
     if spectra is None:
         spectra = decompose(adapter.modules, device, tick)
     pairs = list(zip(adapter.modules, spectra, strict=True))
-    candidates = [_candidate(module, found, dtype, norms, own) for module, found in pairs]
+    candidates = [candidate(module, found, dtype, norms, own) for module, found in pairs]
 
     def at(ranks: Sequence[int]) -> tuple[Module, ...]:
         return tuple(_at(module, found, rank, dtype) for (module, found), rank in zip(pairs, ranks, strict=True))
@@ -106,9 +106,10 @@ def _at(module: Module, found: Spectrum, rank: int, dtype: str | None) -> Module
     return made if dtype is None or all(t.dtype == dtype for t in made.tensors.values()) else cast(made, dtype)
 
 
-def _candidate(
-    module: Module, found: Spectrum, dtype: str | None, norms: Norms | None, own: OwnRule | None
+def candidate(
+    module: Module, found: Spectrum, dtype: str | None, norms: Norms | None = None, own: OwnRule | None = None
 ) -> Candidate:
+    """What a rule sees of a module that becomes one of `dtype`."""
     product = module.product
     sizes = [product.left.shape[0], product.right.shape[1] if product.right is not None else product.left.shape[1]]
     core = product.core.numel // product.rank if product.core is not None else 0

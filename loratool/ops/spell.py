@@ -9,6 +9,7 @@ from loratool.core.adapter import Adapter, Bundle
 from loratool.core.errors import NotRepresentable, UnknownModel, UsageError, few
 from loratool.core.layout import Layout
 from loratool.core.module import Module
+from loratool.core.naming import Naming
 from loratool.core.registry import layouts
 from loratool.core.target import same_shape
 from loratool.core.tensor import LazyTensor
@@ -74,14 +75,18 @@ def regrouped(adapter: Adapter, layout: Layout, ticket: origin.Ticket | None = N
     Raises NotExact for families that cannot be cut as `layout` needs it, UnknownModel for flattened names without a
     model.
     """
+    return regroup(adapter.modules, namings_for(adapter, layout, ticket), ticket.blocks if ticket else None)
+
+
+def namings_for(adapter: Adapter, layout: Layout, ticket: origin.Ticket | None = None) -> dict[str, Naming]:
+    """By which names `layout` groups the modules of each component. Raises UnknownModel as `regrouped` does."""
     if adapter.architecture.id == "unknown" and layout.id != adapter.layout:
         raise UnknownModel(
             "the model is unknown and its names are flattened, so that no other spelling can be derived",
             hint="; ".join(adapter.notes) or "name a checkpoint with --base, or the model with --architecture",
         )
     voices = {**layout.voices_for(adapter), **(ticket.spoken() if ticket else {})}
-    namings = {c: adapter.architecture.naming(c, voices[c].naming) for c in adapter.components}
-    return regroup(adapter.modules, namings, ticket.blocks if ticket else None)
+    return {c: adapter.architecture.naming(c, voices[c].naming) for c in adapter.components}
 
 
 def shaped(module: Module) -> Module:

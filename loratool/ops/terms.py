@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,13 +14,15 @@ from loratool.core.adapter import Adapter
 from loratool.core.errors import FormatError, NotExact, UsageError
 from loratool.core.layout import Layout
 from loratool.core.module import Module
+from loratool.core.naming import Naming
+from loratool.core.registry import families
 from loratool.core.target import same_shape
-from loratool.core.tensor import LazyTensor
-from loratool.ops.approximate import Wish, as_lora
+from loratool.core.tensor import DTYPES, LazyTensor, code_of
 from loratool.ops.blocks import BlockWeights
+from loratool.ops.convert import cast
 from loratool.ops.factored import dense_update, pair_update
 from loratool.ops.low_rank import low_rank
-from loratool.ops.spell import check_writable, regrouped
+from loratool.ops.spell import check_writable, namings_for, regrouped
 from loratool.ops.weights import BaseWeights
 
 
@@ -34,12 +37,22 @@ class Input:
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One input's module; `gains` are the block weights of its targets, in row order."""
+    """One input's module; `gains` are the block weights of its targets, in row order.
+
+    `stands_for` is the input's own module, where that cannot be cut as the output needs it: `module` is then a pair of
+    whatever rank it takes.
+    """
 
     index: int
     module: Module
     weight: float
     gains: tuple[float, ...]
+    stands_for: Module | None = None
+
+    @property
+    def own(self) -> Module:
+        """The module as the input has it, up to exact regrouping."""
+        return self.stands_for or self.module
 
     @property
     def gain(self) -> float | None:
@@ -49,9 +62,9 @@ class Term:
     @property
     def kind(self) -> str | None:
         """What keeps the module from being a sum's term as it is: DoRA, or a family that is no product of factors."""
-        if self.module.magnitude is not None:
+        if self.own.magnitude is not None:
             return "DoRA"
-        return None if self.module.product.whole else self.module.family.title
+        return None if self.own.product.whole else self.own.family.title
 
     def gained(self, rows: Tensor) -> Tensor:
         """Rows of the module's update times the block weights of their targets."""
@@ -64,10 +77,12 @@ class Term:
     def weighed(self) -> Module:
         """The module with its block weights on it, lazily."""
         module = self.module
+        if self.gain == 1:
+            return module
         if self.gain is not None:
-            return (
-                module if self.gain == 1 else replace(module, factors=module.family.scaled(module.factors, self.gain))
-            )
+            # In the dtype of the file, the result might be rounded, or too large.
+            wide = cast(module, "F64" if wide_dtype(module.dtype) else "F32")
+            return replace(wide, factors=module.family.scaled(wide.factors, self.gain))
         product = module.product
         left = LazyTensor.computed(product.left.shape, "F32", lambda: self.gained(product.left.load().float()))
         return replace(module, factors=module.family.with_product(module.factors, replace(product, left=left)))
@@ -161,17 +176,15 @@ def group(
     Raises FormatError where two inputs' weights differ in size, NotExact for what cannot be regrouped (unless
     `approximate` lets it be rewritten as a pair first), UsageError if nothing is left.
     """
-    found: dict[tuple[str, tuple[str, ...]], list[Term]] = {}
-    titles: dict[tuple[str, tuple[str, ...]], str] = {}
-    shapes: dict[tuple[str, tuple[str, ...]], tuple[str, tuple[int, ...]]] = {}
+    found: dict[_Key, list[Term]] = {}
+    firsts: dict[_Key, tuple[str, Module]] = {}
     for index, one in enumerate(inputs):
-        for module in _as_grouped(one.adapter, layout, approximate):
+        for module, stands_for in _as_grouped(one.adapter, layout, approximate):
             key = (module.component, tuple(target.path for target in module.targets))
-            titles.setdefault(key, module.title)
-            path, shape = shapes.setdefault(key, (one.adapter.path, module.shape))
-            if not same_shape(_flat(module), (shape[0], _width(shape))):
+            path, first = firsts.setdefault(key, (one.adapter.path, module))
+            if not same_shape(_flat(module), _flat(first)):
                 raise FormatError(
-                    f"updates a weight of {list(module.shape)}, {path} one of {list(shape)}",
+                    f"updates a weight of {list(module.shape)}, {path} one of {list(first.shape)}",
                     file=one.adapter.path,
                     key=module.title,
                     hint="the two are for models of different size",
@@ -179,35 +192,135 @@ def group(
             gains = one.blocks.of_module(module) if one.blocks is not None else (1.0,) * len(module.targets)
             terms = found.setdefault(key, [])
             if any(gains) and (one.weight or voting):
-                terms.append(Term(index, module, one.weight, gains))
+                terms.append(Term(index, module, one.weight, gains, stands_for))
     live = {
         key: Group(tuple(terms), all(layout.obstacle(term.module) is None for term in terms))
         for key, terms in found.items()
         if any(term.weight for term in terms)
     }
-    groups = list(live.values())
-    if not groups:
+    if not live:
         raise UsageError("nothing is left to merge: every strength or block weight is 0")
-    return groups, tuple(titles[key] for key in found if key not in live)
+    return list(live.values()), tuple(firsts[key][1].title for key in found if key not in live)
 
 
-def _width(shape: tuple[int, ...]) -> int:
-    width = 1
-    for size in shape[1:]:
-        width *= size
-    return width
+_Key = tuple[str, tuple[str, ...]]
+"""Component and paths of the targets."""
 
 
-def _as_grouped(adapter: Adapter, layout: Layout, approximate: bool) -> Sequence[Module]:
-    """The modules of one input as the output groups them; what cannot be cut so is rewritten only when asked to."""
+def common_dtype(dtypes: Iterable[str]) -> str:
+    """The one dtype, or the smallest that holds all: F32 for F16 with BF16, F16 for different 8-bit floats."""
+    found = set(dtypes)
+    if len(found) == 1:
+        return found.pop()
+    wide = {dtype for dtype in found if DTYPES[dtype] > 8} or {"F16"}
+    if len(wide) == 1:
+        return wide.pop()
+    return "F64" if "F64" in wide else "F32"
+
+
+def wide_dtype(dtype: str) -> bool:
+    """Whether values of this dtype deserve float64."""
+    return DTYPES[dtype] > 16
+
+
+# -- regrouping -----------------------------------------------------------------------------------------------------
+
+
+def _as_grouped(adapter: Adapter, layout: Layout, approximate: bool) -> list[tuple[Module, Module | None]]:
+    """The modules of one input as the output groups them, each with the one that it stands for, if any.
+
+    What cannot be cut or stacked so is a pair instead, if that was asked for.
+    """
     if not approximate:
         check_writable(adapter, layout.id)
+    adapter = _of_one_dtype(adapter, layout)
     try:
-        return regrouped(adapter, layout).modules
+        return [(module, None) for module in regrouped(adapter, layout).modules]
     except NotExact as error:
-        if not approximate:
-            error.hint = error.hint or "--approximate rewrites it as a low-rank pair and reports the error"
+        stuck = [one for one in adapter.modules if _is_stuck(one, adapter, layout)]
+        if not (approximate and stuck):
+            error.hint = error.hint or (REPLACED_BY if stuck else None)
             raise
-    # All the rank there is: nothing is lost but rounding.
-    pairs, _ = as_lora(adapter.modules, Wish(energy=1.0), lambda module: None if module.magnitude else "cannot be cut")
-    return regrouped(replace(adapter, modules=pairs), layout).modules
+    owners = {target: one for one in stuck for target in one.targets}
+    replaced = {id(one) for one in stuck}
+    pairs = tuple(_stand_in(one) if id(one) in replaced else one for one in adapter.modules)
+    groups = regrouped(_of_one_dtype(replace(adapter, modules=pairs), layout), layout)
+    return [(one, next((owners[t] for t in one.targets if t in owners), None)) for one in groups.modules]
+
+
+REPLACED_BY = "--approximate --energy 0.999 replaces them by low-rank pairs and reports the error"
+"""What to do about modules that have no exact sum, or cannot be cut."""
+
+
+def _of_one_dtype(adapter: Adapter, layout: Layout) -> Adapter:
+    """The adapter with those modules that `layout` fuses in one dtype that holds them: nothing is rounded."""
+    namings = namings_for(adapter, layout)
+    names = [
+        {namings[one.component].home(target).name for target in one.targets} if _moves(one, namings) else set()
+        for one in adapter.modules
+    ]
+    parts: dict[tuple[str, str], list[Module]] = {}
+    for one, own in zip(adapter.modules, names, strict=True):
+        for name in own:
+            parts.setdefault((one.component, name), []).append(one)
+    modules = []
+    for one, own in zip(adapter.modules, names, strict=True):
+        fused = [other for name in own for other in parts[one.component, name]]
+        dtype = common_dtype(tensor.dtype for other in (one, *fused) for tensor in other.tensors.values())
+        modules.append(cast(one, dtype) if len(fused) > len(own) else one)
+    return replace(adapter, modules=tuple(modules))
+
+
+def _moves(module: Module, namings: Mapping[str, Naming]) -> bool:
+    return namings[module.component].name_of(module.targets) is None
+
+
+def _is_stuck(module: Module, adapter: Adapter, layout: Layout) -> bool:
+    """Whether a module, taken alone, cannot be regrouped, but the pair that is its update could be."""
+    product = module.product
+    if module.magnitude is not None or (product.whole and product.core is None):
+        return False
+    try:
+        regrouped(replace(adapter, modules=(module,)), layout)
+    except NotExact:
+        return True
+    return False
+
+
+def _stand_in(module: Module) -> Module:
+    """A pair whose product is the module's update, computed whenever it is read.
+
+    That of a Tucker module has its rank; what is no product of factors becomes the dense update times the identity.
+    """
+    work = torch.float64 if wide_dtype(module.dtype) else torch.float32
+    height, width = _flat(module)
+
+    def left() -> Tensor:
+        pair = pair_update(module, work)
+        return dense_update(module, work) if pair is None else pair[0]
+
+    def right() -> Tensor:
+        pair = pair_update(module, work)
+        return torch.eye(width, dtype=work) if pair is None else pair[1]
+
+    rank = module.product.left.shape[1] if module.product.whole else width
+    code = code_of(work)
+    return plain_pair(
+        module,
+        LazyTensor.computed((height, rank), code, left),
+        LazyTensor.computed((rank, width), code, right),
+    )
+
+
+def plain_pair(module: Module, left: LazyTensor, right: LazyTensor) -> Module:
+    """A LoRA module on the targets of `module`, in the shape of its update, whose update is left @ right."""
+    kernel = module.shape[2:]
+    if not kernel and len(module.targets[0].shape) > 2:
+        kernel = module.targets[0].shape[2:]  # a LoKr whose w2_b hides the kernel
+    ones = (1,) * len(kernel)
+    rank, width = right.shape
+    factors = {
+        "up": left.reshape((*left.shape, *ones)),
+        "down": right.reshape((rank, width // math.prod(kernel), *kernel)),
+    }
+    return Module(module.targets, families()["lora"], factors, float(rank))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from loratool.core.adapter import Adapter
+from loratool.core.adapter import CONFIG, Adapter
 from loratool.core.architecture import Architecture, Voice
 from loratool.core.errors import FormatError, LoratoolError, few
 from loratool.core.identify import checkpoint_of
@@ -34,12 +35,17 @@ class _Row:
 
 @dataclass(frozen=True, eq=False)
 class BaseWeights:
-    """The weights of a model in a checkpoint. Nothing is read before it is asked for."""
+    """The weights of a model in a checkpoint. Nothing is read before it is asked for.
+
+    `transposed` says whether a model without a table stores its square weights as `(in, out)`, as GPT-2's Conv1D does;
+    None: nobody knows. Of other weights, the shape tells.
+    """
 
     path: str
     architecture: Architecture
     components: Mapping[str, Tensors]
     voices: Mapping[str, Voice]
+    transposed: bool | None = False
 
     def load(self, module: Module, device: str = "cpu") -> Tensor:
         """The weight that a module updates, float32, `(out, in * kh * kw)`. Raises FormatError if it is not there."""
@@ -49,7 +55,7 @@ class BaseWeights:
             # Rows are counted in the standard model; this one may be narrower.
             first = found.first * height // max(target.rows, 1)
             tensor = found.tensor
-            if found.transposed:
+            if found.transposed or (self.architecture.open and self._is_transposed(module, tensor)):
                 part = tensor.load(device)[:, first : first + height].T
             else:
                 part = tensor.rows(first, min(first + height, tensor.shape[0])).load(device)
@@ -65,17 +71,31 @@ class BaseWeights:
             )
         return weight
 
+    def _is_transposed(self, module: Module, tensor: LazyTensor) -> bool:
+        found = _stored_transposed(module, tensor)
+        if found is None:
+            found = self.transposed
+        if found is None:
+            raise FormatError(
+                f"the weight is {list(tensor.shape)}: it may be stored as (out, in) or as (in, out)",
+                file=self.path,
+                key=module.title,
+                hint="keep the adapter_config.json beside the adapter: its fan_in_fan_out tells",
+            )
+        return found
+
     def missing(self, modules: Sequence[Module]) -> list[str]:
         """Titles of the modules whose weight is not in the checkpoint."""
-        return [module.title for module in modules if any(self._find(target) is None for target in module.targets)]
+        return [module.title for module in modules if any(self.find(target) is None for target in module.targets)]
 
     def _row(self, target: Target) -> _Row:
-        found = self._find(target)
+        found = self.find(target)
         if found is None:
             raise FormatError("is not in the checkpoint", file=self.path, key=f"{target.component}.{target.path}")
         return found
 
-    def _find(self, target: Target) -> _Row | None:
+    def find(self, target: Target) -> _Row | None:
+        """Where the rows of a target are; None if they are not in the checkpoint."""
         tensors = self.components.get(target.component)
         if tensors is None:
             return None
@@ -116,6 +136,8 @@ def base_weights(path: str | os.PathLike[str], adapter: Adapter) -> BaseWeights:
     voices = {c: voice for c in adapter.components if (voice := _voice(architecture, c, components[c])) is not None}
     found = BaseWeights(str(path), architecture, components, voices)
     missing = found.missing(adapter.modules)
+    if not missing and architecture.open:
+        found = replace(found, transposed=_square_transposed(found, adapter))
     if missing:
         raise FormatError(
             f"lacks {len(missing)} of the {len(adapter.modules)} weights that the adapter updates: {few(missing)}",
@@ -123,6 +145,26 @@ def base_weights(path: str | os.PathLike[str], adapter: Adapter) -> BaseWeights:
             hint="name a complete checkpoint of the adapter's model",
         )
     return found
+
+
+def _stored_transposed(module: Module, tensor: LazyTensor) -> bool | None:
+    """Whether a weight is stored as (in, out), by its shape; None where it is square. An embedding never is."""
+    straight = (module.shape[0], module.delta_width)
+    if len(tensor.shape) != 2 or tensor.shape != straight[::-1] or module.product.transposed:
+        return False
+    return None if straight[0] == straight[1] else True
+
+
+def _square_transposed(weights: BaseWeights, adapter: Adapter) -> bool | None:
+    """Whether square weights are stored as (in, out): what PEFT's config and the other weights say with one voice."""
+    told = [json.loads(text).get("fan_in_fan_out") for name, text in adapter.side_files.items() if CONFIG in name]
+    said = {value for value in told if isinstance(value, bool)}
+    for module in adapter.modules:
+        row = weights.find(module.targets[0])
+        square = module.shape[0] == module.delta_width
+        if row is not None and not square and not module.product.transposed:
+            said.add(bool(_stored_transposed(module, row.tensor)))
+    return said.pop() if len(said) == 1 else None
 
 
 def _voice(architecture: Architecture, component: str, tensors: Tensors) -> Voice | None:

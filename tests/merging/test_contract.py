@@ -85,8 +85,8 @@ BAD = {
     "lambda": (float("inf"), float("nan")),
     "sign": ("sum", ""),
     "t": (float("nan"),),
-    "max_iter": (-1,),
-    "tol": (-1.0,),
+    "max_iter": (-1, 10**9, 10**400),
+    "tol": (-1.0, 2.0, float("nan")),
 }
 
 

@@ -12,7 +12,7 @@ import torch
 
 from loratool.core.adapter import Adapter
 from loratool.core.blocks import runs
-from loratool.core.errors import UsageError
+from loratool.core.errors import FormatError, UsageError
 from loratool.core.module import Module
 from loratool.core.registry import architectures, families
 from loratool.core.target import Target
@@ -507,3 +507,11 @@ def test_files_of_sd_scripts(name: str, count: int, empty: str) -> None:
     assert len(table.fitting or ()) == count
     assert [block.label for block in table.blocks if not block.modules] == empty.split()
     assert_true(adapter)
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), math.nan, math.inf, True, None, "1"])
+def test_data_that_is_no_weight(value: object) -> None:
+    model = architecture_of("sd15")
+    for data in ({"entries": [["unet", value]], "rest": 1.0}, {"entries": [], "rest": value}):
+        with pytest.raises(FormatError, match="block weights"):
+            BlockWeights.from_data(data, model)

@@ -15,16 +15,18 @@ from torch import Tensor
 from loratool.core.adapter import Adapter
 from loratool.core.errors import FormatError, NotExact, NotRepresentable, UsageError
 from loratool.core.module import Module
+from loratool.core.ranges import TooLarge
 from loratool.core.registry import architectures, families, layouts, methods
 from loratool.core.tensor import LazyTensor, code_of
 from loratool.ops.blocks import BlockWeights, Entry
 from loratool.ops.conflicts import sign_conflicts
 from loratool.ops.convert import cast
-from loratool.ops.merge import Merged, common_dtype, merge
+from loratool.ops.low_rank import low_rank
+from loratool.ops.merge import Merged, merge
 from loratool.ops.open import understand
 from loratool.ops.ranks import Limits, parse_rule
 from loratool.ops.spell import spell
-from loratool.ops.terms import Input
+from loratool.ops.terms import Input, common_dtype
 from loratool.ops.weights import BaseWeights
 from tests.builders import ARCHITECTURES, LAYOUTS, Part, Weight, build, random_parts, weight, weights
 
@@ -199,7 +201,7 @@ TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F6
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-@pytest.mark.parametrize("other", (None, 2.0, -1e-12))
+@pytest.mark.parametrize("other", (None, 2.0, -1e-12, 1e6))
 @pytest.mark.parametrize("dtype", TYPES)
 def test_alphas(alpha: float | None, other: float | None, dtype: str) -> None:
     """Whatever the scales are, the sum is right and every factor is finite."""
@@ -862,24 +864,192 @@ def test_ticks() -> None:
 def test_nothing_is_held_that_can_be_read_again() -> None:
     """A sum of independent factors is made when it is written: input by input, module by module."""
     loads: list[str] = []
-
-    def counting(name: str, one: Module) -> Module:
-        def lazy(role: str, factor: LazyTensor) -> LazyTensor:
-            def make() -> Tensor:
-                loads.append(f"{name} {role}")
-                return factor.load()
-
-            return LazyTensor.computed(factor.shape, factor.dtype, make)
-
-        return replace(one, factors={role: lazy(role, factor) for role, factor in one.factors.items()})
-
-    inputs = [Input(adapter(counting(name, lora(attention(), 2)))) for name in "ab"]
+    inputs = [Input(adapter(counted(name, lora(attention(), 2), loads))) for name in "ab"]
     made = merge(inputs, CONCAT).adapter.modules[0]
     assert sorted(loads) == ["a down", "a up", "b down", "b up"]  # once, to see that they are independent
     loads.clear()
     made.factors["up"].read(), made.factors["down"].read()
     assert sorted(loads) == ["a down", "a up", "b down", "b up"]  # once for both halves
     assert_is_the_sum(merge(inputs, CONCAT).adapter, inputs, 1e-6)
+
+
+def counted(name: str, one: Module, loads: list[str]) -> Module:
+    def lazy(role: str, factor: LazyTensor) -> LazyTensor:
+        def make() -> Tensor:
+            loads.append(f"{name} {role}")
+            return factor.load()
+
+        return LazyTensor.computed(factor.shape, factor.dtype, make)
+
+    return replace(one, factors={role: lazy(role, factor) for role, factor in one.factors.items()})
+
+
+@pytest.mark.parametrize("rule", [None, "2"])
+def test_dependent_factors_are_made_again_when_they_are_written(rule: str | None) -> None:
+    """Of two equal adapters small matrices alone are kept, and each is read once to write both halves."""
+    loads: list[str] = []
+    same = lora(attention(), 4)
+    inputs = [Input(adapter(counted(name, same, loads))) for name in "ab"]
+    merged = merge(inputs, CONCAT, rule=parse_rule("rank", rule) if rule else None)
+    (made,) = merged.adapter.modules
+    assert sorted(loads) == ["a down", "a up", "b down", "b up"] and made.rank == int(rule or 4)
+    loads.clear()
+    up, down = made.factors["up"].load(), made.factors["down"].load()
+    # The first time, what was read to decide is still there.
+    assert set(loads) <= {"a down", "a up", "b down", "b up"} and len(loads) <= 4
+    again = made.factors["up"].load(), made.factors["down"].load()
+    assert torch.equal(up, again[0]) and torch.equal(down, again[1])
+
+
+# -- cancelling -------------------------------------------------------------------------------------------------------
+
+
+def rescaled(one: Adapter, by: float) -> Adapter:
+    """The same update with factors of other sizes."""
+    (old,) = one.modules
+    up, down = old.factors["up"].load(), old.factors["down"].load()
+    return adapter(module(attention(), {"up": up * by, "down": down / by}, old.alpha))
+
+
+@pytest.mark.parametrize("method", ["concat", "linear"])
+@pytest.mark.parametrize("by", [1.0, 3.0])
+@pytest.mark.parametrize("rule", [None, "3"])
+def test_a_sum_that_cancels_nearly(method: str, by: float, rule: str | None) -> None:
+    """Norm and error of what is left are right, far below the root of the rounding of the terms."""
+    a, small = one(dtype=torch.float64), one(dtype=torch.float64)
+    (old,) = rescaled(a, by).modules
+    up = old.factors["up"].load() + 1e-6 * small.modules[0].factors["up"].load()
+    b = adapter(replace(old, factors={**old.factors, "up": LazyTensor.from_torch(up)}))
+    merged = summed([a, b], [1.0, -1.0], method, rule=parse_rule("rank", rule) if rule else None)
+    (row,), meant = merged.modules, exact_sum([a, b], [1.0, -1.0])
+    assert row.norm == pytest.approx(float(meant.norm()), rel=1e-6)
+    if method == "concat" or rule is None:
+        assert row.error == pytest.approx(relative(delta(merged), meant), rel=1e-3, abs=1e-8)
+
+
+@pytest.mark.parametrize("method", ["concat", "linear"])
+@pytest.mark.parametrize("rank", [4, 90])
+@pytest.mark.parametrize("dtype", ["F32", "F16"])
+def test_a_sum_that_cancels(method: str, rank: int, dtype: str) -> None:
+    """A minus A, the second with larger factors and a smaller alpha."""
+    a = one(rank, float(rank), TYPES[dtype])
+    (old,) = a.modules
+    up = LazyTensor.from_torch(old.factors["up"].load() * 4)
+    b = adapter(replace(old, factors={**old.factors, "up": up}, alpha=rank / 4))
+    merged = summed([a, b], [0.7, -0.7], method)
+    assert merged.modules[0].norm == 0.0 and merged.modules[0].error == 0.0 and merged.error == 0.0
+    if method == "concat":
+        assert merged.modules[0].rank_after == 1 and not delta(merged).any()
+        assert merged.images[0] is not None and not merged.images[0].any()
+
+
+def test_loras_that_cancel_beside_a_dora() -> None:
+    weight = noise(320, 320)
+    merged = summed([adapter(dora_ := dora()), adapter(dora_)], [1.0, -1.0], approximate=True, base=base(weight),
+                    rule=parse_rule("energy", "0.99"))  # fmt: skip
+    assert merged.modules[0].norm == 0.0 and merged.error == 0.0 and not delta(merged).any()
+
+
+# -- what a dtype holds -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inputs", [1, 2])
+@pytest.mark.parametrize("strength", [1e6, -3e5, 7e3])
+@pytest.mark.parametrize("rule", [None, "7"])
+def test_large_strengths_are_spread(inputs: int, strength: float, rule: str | None) -> None:
+    adapters = [one(dtype=torch.float16), one(dtype=torch.float16)][:inputs]
+    strengths = [strength, 1.0][:inputs]
+    merged = summed(adapters, strengths, rule=parse_rule("rank", rule) if rule else None)
+    (made,) = merged.adapter.modules
+    for factor in made.factors.values():
+        assert factor.dtype == "F16" and bool(factor.load().isfinite().all())
+    if rule is None:
+        assert relative(delta(merged), exact_sum(adapters, strengths)) < ROUNDING["F16"]
+
+
+@pytest.mark.parametrize("strength", [1.0, 2.0, 100.0])
+def test_bits_stay_where_nothing_is_at_risk(strength: float) -> None:
+    a, b = one(dtype=torch.float16), one(dtype=torch.float16)
+    (made,) = summed([a, b], [1.0, strength]).adapter.modules
+    (first,), (second,) = a.modules, b.modules
+    assert torch.equal(made.factors["up"].load()[:, :4], first.factors["up"].load())
+    assert torch.equal(made.factors["up"].load()[:, 4:], second.factors["up"].load())
+    (alone,) = summed([a], [strength]).adapter.modules
+    assert torch.equal(alone.factors["down"].load(), first.factors["down"].load())
+
+
+@pytest.mark.parametrize("kind", ["one", "two", "dense", "bias", "lokr", "block"])
+def test_what_no_dtype_of_the_file_holds(kind: str) -> None:
+    """Refused before anything is written, with the way out; with that, it works."""
+    plain = lora(attention("peft"), dtype=torch.float16)
+    if kind == "bias":
+        bias = LazyTensor.from_torch(noise(320, dtype=torch.float16))
+        plain = replace(plain, factors={**plain.factors, "bias": bias})
+    first = lokr(torch.float16) if kind == "lokr" else plain
+    layout = "peft" if kind == "bias" else "kohya"
+    strength = 1e7 if kind == "bias" else 1e14
+    blocks = BlockWeights("", architectures()["sd15"], (), strength) if kind == "block" else None
+    inputs = [Input(adapter(first, layout=layout), 1.0 if blocks else strength, blocks)]
+    inputs += [Input(one(dtype=torch.float16))] if kind in ("two", "dense") else []
+    method = METHODS["ties" if kind == "dense" else "concat"]
+    with pytest.raises(TooLarge, match="F16") as caught:
+        merge(inputs, method)
+    assert ATTENTION in str(caught.value) and "--dtype" in str(caught.value)
+    merged = merge(inputs, method, dtype="F32")
+    assert all(bool(f.load().isfinite().all()) for f in merged.adapter.modules[0].factors.values())
+    if kind != "dense":
+        assert_is_the_sum(merged.adapter, inputs, 1e-3)
+
+
+def test_what_float32_does_not_hold() -> None:
+    for method in ("concat", "ties"):
+        with pytest.raises(TooLarge):
+            summed([one(), one(3)], [1e300, 1.0], method)
+
+
+# -- LoKr that has to be cut ------------------------------------------------------------------------------------------
+
+
+def test_a_lokr_that_has_to_be_cut() -> None:
+    """It needs a rule, and is reported like any other module that a pair replaces."""
+    qkv = weight("flux", "kohya", "double_blocks.0.img_attn.qkv")
+    across = module(qkv, {"w1": noise(2, 4), "w2": noise(72, 12)}, None, "lokr")
+    inputs = [Input(adapter(across, architecture="flux"), 0.5)]
+    with pytest.raises(UsageError, match="how far"):
+        merge(inputs, CONCAT, to="diffusers", approximate=True)
+    merged = merge(inputs, CONCAT, to="diffusers", approximate=True, rule=parse_rule("rank", "3"))
+    spell(merged.adapter, "diffusers")
+    parts = (0.5 * across.delta().double()).split(48)
+    for row, made, meant in zip(merged.modules, merged.adapter.modules, parts, strict=True):
+        values = torch.linalg.svdvals(meant)
+        best = float(values[3:].norm() / values.norm())
+        assert row.approximated == ("LoKr",) and row.rank_after == 3 and row.ranks == (12,)
+        assert row.error == pytest.approx(best, rel=1e-4)
+        assert row.norm == pytest.approx(float(values.norm()), rel=1e-5)
+        left, right = factors_of(made)
+        assert relative(left @ right, meant) == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.parametrize("rule", [("energy", "0.9"), ("rank", "5"), ("error", "0.3")])
+def test_one_decomposition_of_what_is_no_product(monkeypatch: pytest.MonkeyPatch, rule: tuple[str, str]) -> None:
+    """The dense sum is decomposed once, and no more of it is held than the rule leaves."""
+    calls = []
+
+    def counting(matrix: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+        calls.append(matrix.shape)
+        return low_rank(matrix, limit)
+
+    for place in ("merge", "terms"):
+        monkeypatch.setattr(f"loratool.ops.{place}.low_rank", counting)
+    monkeypatch.setattr("loratool.ops.decompose.spectrum", None)
+    inputs = [Input(adapter(dora())), Input(adapter(lokr()), 0.3)]
+    merged = merge(inputs, CONCAT, approximate=True, rule=parse_rule(*rule), base=base(noise(320, 320)))
+    for factor in merged.adapter.modules[0].factors.values():
+        factor.read()
+    assert calls == [(320, 320)]
+    ((expected, _),) = merged.expected[0]
+    if rule[0] != "error":
+        assert expected.rank == merged.adapter.modules[0].rank
 
 
 # -- refused ----------------------------------------------------------------------------------------------------------

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from loratool.core.adapter import Adapter
-from loratool.core.errors import FormatError, NotRepresentable, UsageError
+from loratool.core.errors import FormatError, NotExact, NotRepresentable, UsageError
 from loratool.core.module import Module
 from loratool.core.registry import architectures, families, layouts
 from loratool.core.tensor import LazyTensor
 from loratool.ops.blocks import BlockWeights, Entry
+from loratool.ops.convert import cast
 from loratool.ops.terms import Group, Input, Seen, Term, group
 from tests.builders import Weight, weight
 from tests.contracts import assert_same
@@ -88,13 +90,66 @@ def test_sizes_must_agree() -> None:
 
 def test_what_cannot_be_cut() -> None:
     """q, k and v of a LoKr whose blocks go across them: refused, or rewritten where that was asked for."""
-    across = lokr(QKV, (2, 4), (72, 12))
-    inputs = [Input(adapter(across, lora(PROJ, height=48)))]
+    across, fits = lokr(QKV, (2, 4), (72, 12)), lokr(PROJ, (4, 4), (12, 12))
+    inputs = [Input(adapter(across, fits))]
     with pytest.raises(NotRepresentable):
         group(inputs, layouts()["diffusers"], False)
     groups, _ = group(inputs, layouts()["diffusers"], True)
     rows = torch.cat([one.first.delta() for one in groups[:3]])
     assert_same(rows, across.delta(), "its rows", 1e-5)
+    # Each says what it stands for; what needs no cutting stays what it is.
+    terms = [one.terms[0] for one in groups]
+    assert [term.kind for term in terms] == ["LoKr"] * 4
+    assert [term.stands_for for term in terms] == [across] * 3 + [None]
+    assert terms[3].module is fits and terms[0].own.product.rank == 12
+
+
+def test_what_cannot_be_stacked() -> None:
+    """q is a LoKr, k a LoRA of another dtype: as one module they are a pair."""
+    q, k = (weight("flux", "diffusers", f"transformer_blocks.0.attn.{name}") for name in ("to_q", "to_k"))
+    kron, plain = lokr(q, (4, 4), (12, 12)), cast(lora(k, height=48), "F16")
+    inputs = [Input(adapter(kron, plain, layout="diffusers"))]
+    with pytest.raises(NotExact, match="families") as caught:
+        group(inputs, layouts()["kohya"], False)
+    assert "--approximate" in str(caught.value)
+    (one,), _ = group(inputs, layouts()["kohya"], True)
+    assert one.terms[0].kind == "LoKr"
+    assert_same(one.first.delta(), torch.cat([kron.delta(), plain.delta(), torch.zeros(48, 48)]), "qkv", 1e-5)
+
+
+def test_a_tucker_core_that_cannot_be_stacked() -> None:
+    parts = [weight("flux", "diffusers", f"transformer_blocks.0.attn.{name}") for name in ("to_q", "to_k")]
+    shapes = {"up": (48, 3, 1, 1), "down": (2, 48, 1, 1), "mid": (3, 2, 1, 1)}
+    modules = [
+        Module(one.targets, families()["lora"], {r: LazyTensor.from_torch(noise(*s)) for r, s in shapes.items()}, 1.0)
+        for one in parts
+    ]
+    (one,), _ = group([Input(adapter(*modules, layout="diffusers"))], layouts()["kohya"], True)
+    assert one.terms[0].kind is None and one.first.rank == 6  # nothing is approximated
+    meant = torch.cat([*(module.delta().flatten(1) for module in modules), torch.zeros(48, 48)])
+    assert_same(one.first.delta().flatten(1), meant, "qkv", 1e-6)
+
+
+def test_dtypes_of_what_is_fused() -> None:
+    """q, k and v in three dtypes: the fused module has the one that holds them, and nothing is rounded."""
+    parts = [weight("flux", "diffusers", f"transformer_blocks.0.attn.to_{name}") for name in "qkv"]
+    dtypes = ("F16", "BF16", "F16")
+    modules = [cast(lora(one, height=48), dtype) for one, dtype in zip(parts, dtypes, strict=True)]
+    (one,), _ = group([Input(adapter(*modules, layout="diffusers"))], layouts()["kohya"], False)
+    assert {factor.dtype for factor in one.first.factors.values()} == {"F32"}
+    assert_same(one.first.delta(), torch.cat([module.delta() for module in modules]), "qkv", 1e-7)
+    groups, _ = group([Input(adapter(*modules, layout="diffusers"))], layouts()["peft"], False)
+    assert all(one.first is module for one, module in zip(groups, modules, strict=True))
+
+
+@pytest.mark.parametrize("approximate", [False, True])
+def test_no_hint_promises_what_does_not_help(approximate: bool) -> None:
+    """A DoRA magnitude per column cannot be stacked, approximated or not."""
+    q = lora(weight("flux", "diffusers", "transformer_blocks.0.attn.to_q"), height=48)
+    columns = replace(q, magnitude=LazyTensor.from_torch(torch.ones(1, 48)))
+    with pytest.raises(NotExact, match="magnitude") as caught:
+        group([Input(adapter(columns, layout="diffusers"))], layouts()["comfyui"], approximate)
+    assert "--approximate" not in str(caught.value)
 
 
 def test_gains_scale_rows() -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from loratool.core.adapter import Adapter
+from loratool.core.adapter import Adapter, Bundle
 from loratool.core.errors import FormatError
 from loratool.core.registry import layouts
 from loratool.core.tensor import LazyTensor
 from loratool.files.safetensors import write_safetensors
+from loratool.ops.factored import dense_update
+from loratool.ops.norms import base_norms
 from loratool.ops.weights import base_weights
 from tests.builders import Part, architecture_of, build, weights
 
@@ -149,3 +152,73 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match=words) as caught:
             base_weights(tmp_path / name, one)
         assert caught.value.file == str(tmp_path / name)
+
+
+# -- Conv1D: weights stored as (in, out) ------------------------------------------------------------------------------
+
+GPT2 = {"c_attn": (24, 8), "c_proj": (8, 8)}
+"""Shapes `(out, in)`, as PEFT's factors have them; the checkpoint has them the other way round."""
+
+
+def gpt2(config: Mapping[str, object] | None, names: Sequence[str] = tuple(GPT2)) -> Adapter:
+    tensors = {}
+    for name in names:
+        out, width = GPT2[name]
+        stem = f"base_model.model.transformer.h.0.attn.{name}"
+        tensors[f"{stem}.lora_A.weight"] = LazyTensor.from_torch(noise(2, width, dtype=torch.float32))
+        tensors[f"{stem}.lora_B.weight"] = LazyTensor.from_torch(noise(out, 2, dtype=torch.float32, seed=1))
+        tensors[f"{stem}.lora_magnitude_vector"] = LazyTensor.from_torch(noise(out, dtype=torch.float32).abs() + 1)
+    side = {} if config is None else {"adapter_config.json": json.dumps({"peft_type": "LORA", "r": 2, **config})}
+    return layouts()["peft"].read(Bundle(tensors, {}, side), architecture_of("generic"))
+
+
+def conv1d(path: Path, transposed: bool = True) -> tuple[Path, dict[str, torch.Tensor]]:
+    weights = {name: noise(*shape, seed=3, dtype=torch.float32) for name, shape in GPT2.items()}
+    stored = {f"transformer.h.0.attn.{n}.weight": w.T.contiguous() if transposed else w for n, w in weights.items()}
+    return save(path / "gpt2.safetensors", stored), weights
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("told", [True, False])
+def test_conv1d(tmp_path: Path, transposed: bool, told: bool) -> None:
+    """By PEFT's config, by the shapes of the other weights, or both."""
+    path, meant = conv1d(tmp_path, transposed)
+    of = gpt2({"fan_in_fan_out": transposed} if told else None)
+    assert_loads(path, of, [meant[module.targets[0].path.rpartition(".")[2]] for module in of.modules])
+
+
+def test_square_weights_that_nobody_knows(tmp_path: Path) -> None:
+    path, meant = conv1d(tmp_path)
+    for config, names in ((None, ["c_proj"]), ({"fan_in_fan_out": False}, list(GPT2))):  # says one thing, is another
+        of = gpt2(config, names)
+        square = next(module for module in of.modules if module.shape == (8, 8))
+        with pytest.raises(FormatError, match="fan_in_fan_out") as caught:
+            base_weights(path, of).load(square)
+        assert caught.value.key == square.title and caught.value.file == str(path)
+    for told in (True, False):
+        (only,) = (of := gpt2({"fan_in_fan_out": told}, ["c_proj"])).modules
+        assert torch.equal(base_weights(path, of).load(only), meant["c_proj"] if told else meant["c_proj"].T)
+
+
+def test_norms_need_no_orientation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path, meant = conv1d(tmp_path)
+    (found,) = base_norms(path, gpt2(None, ["c_proj"])).values()
+    assert found[0] == pytest.approx(float(meant["c_proj"].norm()), rel=1e-6)
+
+
+def test_a_dora_on_conv1d(tmp_path: Path) -> None:
+    """What PEFT computes: the update of the (out, in) weight."""
+    path, meant = conv1d(tmp_path)
+    of = gpt2({"fan_in_fan_out": True})
+    for module in of.modules:
+        weight = meant[module.targets[0].path.rpartition(".")[2]]
+        found = dense_update(module, torch.float32, base=base_weights(path, of))
+        assert module.magnitude is not None
+        norms = (weight + found).norm(dim=1)
+        assert torch.allclose(norms, module.magnitude.load().flatten(), rtol=1e-5)
+        assert torch.allclose((weight + found) / norms[:, None], _rows(weight + module.delta()), atol=1e-6)
+
+
+def _rows(values: torch.Tensor) -> torch.Tensor:
+    return values / values.norm(dim=1, keepdim=True)
