@@ -6,17 +6,18 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from loratool.core.architecture import Architecture, Namings, Voice
-from loratool.core.errors import FormatError, LoratoolError
+from loratool.core.architecture import Architecture, Checkpoint, Namings, Voice
+from loratool.core.errors import FormatError
 from loratool.core.identify import checkpoint_of
 from loratool.core.naming import Naming
 from loratool.core.target import Target
-from loratool.files.safetensors import read_header
+from loratool.core.tensor import LazyTensor
+from loratool.files.checkpoint import CheckpointFiles, read_checkpoint
 
 _WRAPPERS = ("model.diffusion_model.", "diffusion_model.")
 _WEIGHT = ".weight"
 
-Shapes = Mapping[str, tuple[int, ...]]
+Tensors = Mapping[str, LazyTensor]
 
 
 def architecture_of(path: str | os.PathLike[str]) -> Architecture:
@@ -25,24 +26,26 @@ def architecture_of(path: str | os.PathLike[str]) -> Architecture:
 
     Raises FormatError if there are no safetensors weights.
     """
-    place = Path(path)
-    try:
-        shapes = _shapes(place)
-    except LoratoolError as error:
-        raise error.with_file(str(path)) from error.__cause__
-    except OSError as error:
-        raise FormatError(f"cannot be read: {error.strerror}", file=str(path)) from error
-    known = checkpoint_of({key: None for part in shapes.values() for key in part})
+    return model_of(read_checkpoint(path))
+
+
+def model_of(checkpoint: CheckpointFiles) -> Architecture:
+    """The architecture of a checkpoint that is open; see `architecture_of`."""
+    known = checkpoint_of(checkpoint.keys)
     if known is not None:
         return known
     components: dict[str, Callable[[], Namings]] = {}
-    for component, found in shapes.items():
-        naming = _naming(component, found)
-        components[component] = _maker(naming)
+    voices: dict[str, Voice] = {}
+    for folder, tensors in checkpoint.components.items():
+        component = folder or _component(tensors)
+        wrapper = next((w for w in _WRAPPERS if any(key.startswith(w) for key in tensors)), "")
+        voices[component] = Voice(wrapper, "base")
+        components[component] = _maker(_naming(component, wrapper, tensors, checkpoint.path))
     return Architecture(
         id="generic",
-        title=f"the model in {place.name}",
+        title=f"the model in {Path(checkpoint.path).name}",
         components=components,
+        checkpoints=(Checkpoint("base", voices),),
         writes={
             "peft": {c: Voice("base_model.model.", "base") for c in components},
             "diffusers": {c: Voice("transformer." if c == "model" else f"{c}.", "base") for c in components},
@@ -79,41 +82,16 @@ def _kohya_aliases(component: str) -> tuple[str, ...]:
     return ("lycoris_", "lora_transformer_", "lora_unet__", "lora_te_", "lora_")
 
 
-def _shapes(place: Path) -> dict[str, dict[str, tuple[int, ...]]]:
-    """component -> key -> shape."""
-    if place.is_file():
-        return {_component(keys): keys} if (keys := _header(place)) else {}
-    if not place.exists():
-        raise FormatError("does not exist")
-    parts = {sub.name: sub for sub in sorted(place.iterdir()) if sub.is_dir() and any(sub.glob("*.safetensors"))}
-    if any(place.glob("*.safetensors")):
-        parts = {"": place}
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, folder in parts.items():
-        merged: dict[str, tuple[int, ...]] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            merged |= _header(file)
-        found[name or _component(merged)] = merged
-    if not found:
-        raise FormatError("holds no safetensors weights", hint="name a checkpoint file or a model's folder")
-    return found
-
-
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    return {key: tensor.shape for key, tensor in read_header(file).tensors.items()}
-
-
-def _component(keys: Shapes) -> str:
+def _component(keys: Tensors) -> str:
     return "transformer" if any(key.startswith(_WRAPPERS) for key in keys) else "model"
 
 
-def _naming(component: str, keys: Shapes) -> Naming:
-    wrapper = next((w for w in _WRAPPERS if any(key.startswith(w) for key in keys)), "")
+def _naming(component: str, wrapper: str, tensors: Tensors, path: str) -> Naming:
     table = {}
-    for key, shape in keys.items():
-        if key.startswith(wrapper) and key.endswith(_WEIGHT) and shape:
+    for key, tensor in tensors.items():
+        if key.startswith(wrapper) and key.endswith(_WEIGHT) and tensor.shape:
             name = key[len(wrapper) : -len(_WEIGHT)]
-            table[name] = (Target(component, name, shape),)
+            table[name] = (Target(component, name, tensor.shape),)
     if not table:
-        raise FormatError("holds no weights", hint="name a checkpoint")
+        raise FormatError("holds no weights", file=path, hint="name a checkpoint")
     return Naming(table)

@@ -1,32 +1,66 @@
-"""Weights: the base weights that modules update, found in a checkpoint: one file, shards, or a folder per component."""
+"""Weights: where a model's checkpoint keeps the weights that modules update: keys, rows, orientation."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-
-import torch
-from torch import Tensor
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from loratool.core.adapter import CONFIG, Adapter
 from loratool.core.architecture import Architecture, Voice
-from loratool.core.errors import FormatError, LoratoolError, few
+from loratool.core.errors import FormatError, few
 from loratool.core.identify import checkpoint_of
 from loratool.core.module import Module
 from loratool.core.target import Target
 from loratool.core.tensor import LazyTensor
-from loratool.files.safetensors import read_header
+from loratool.files.checkpoint import read_checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Tensors = Mapping[str, LazyTensor]
+
+_WEIGHT = "weight"
+_BACKBONES = ("transformer", "unet", "prior")
+"""Sub-folders that an adapter without component names is for."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows `start:stop` of an update are the rows from `first` on of the tensor `key`: its columns if `transposed`.
+
+    `index` is the place of its first target in the module's targets. `key` is that of the weight in the checkpoint.
+    """
+
+    key: str
+    first: int
+    start: int
+    stop: int
+    transposed: bool
+    index: int
+
+    @property
+    def bias_key(self) -> str | None:
+        """The key of the bias beside the weight; None for weights that have none by their name."""
+        return f"{self.key[: -len(_WEIGHT)]}bias" if self.key.endswith(_WEIGHT) else None
+
+    def joins(self, other: Span) -> bool:
+        """Whether `other` goes on where this one ends, in the update and in the tensor."""
+        height = self.stop - self.start
+        same = self.key == other.key and self.transposed == other.transposed
+        return same and other.start == self.stop and other.first == self.first + height
 
 
 @dataclass(frozen=True, eq=False)
 class _Row:
-    """Where the rows of one target begin: in `tensor`, or in its columns if it is `transposed`."""
+    """Where the rows of one target begin: in the tensor `key`, or in its columns if it is `transposed`.
 
+    `first` and the `total` of the tensor are counted in the standard model.
+    """
+
+    key: str
     tensor: LazyTensor
     first: int
     total: int
@@ -38,7 +72,8 @@ class BaseWeights:
     """The weights of a model in a checkpoint. Nothing is read before it is asked for.
 
     `transposed` says whether a model without a table stores its square weights as `(in, out)`, as GPT-2's Conv1D does;
-    None: nobody knows. Of other weights, the shape tells.
+    None: nobody knows. Of other weights, the shape tells. `renamed` is, per component of a model without a table, what
+    its names have in front that the checkpoint's have not, and the other way round.
     """
 
     path: str
@@ -46,30 +81,54 @@ class BaseWeights:
     components: Mapping[str, Tensors]
     voices: Mapping[str, Voice]
     transposed: bool | None = False
+    renamed: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    def spans(self, module: Module) -> tuple[Span, ...]:
+        """Where the rows of a module's update are, target by target. Raises FormatError if they are not there, or do
+        not fit."""
+        found: list[Span] = []
+        start = 0
+        for index, (target, height) in enumerate(zip(module.targets, module.heights(), strict=True)):
+            row = self._row(target)
+            # Rows are counted in the standard model; this one may be narrower.
+            first = row.first * height // max(target.rows, 1)
+            transposed = row.transposed or (self._by_shape and self._is_transposed(module, row.tensor))
+            self._check(module, row, target, height, transposed)
+            found.append(Span(row.key, first, start, start + height, transposed, index))
+            start += height
+        return tuple(found)
 
     def load(self, module: Module, device: str = "cpu") -> Tensor:
-        """The weight that a module updates, float32, `(out, in * kh * kw)`. Raises FormatError if it is not there."""
+        """The weight that a module updates, float32, `(out, in * kh * kw)`. Raises what `spans` does."""
+        import torch
+
         rows = []
-        for target, height in zip(module.targets, module.heights(), strict=True):
-            found = self._row(target)
-            # Rows are counted in the standard model; this one may be narrower.
-            first = found.first * height // max(target.rows, 1)
-            tensor = found.tensor
-            if found.transposed or (self.architecture.open and self._is_transposed(module, tensor)):
-                part = tensor.load(device)[:, first : first + height].T
+        for span in self.spans(module):
+            tensor = self.components[module.component][span.key]
+            height = span.stop - span.start
+            if span.transposed:
+                part = tensor.load(device)[:, span.first : span.first + height].T
             else:
-                part = tensor.rows(first, min(first + height, tensor.shape[0])).load(device)
+                part = tensor.rows(span.first, span.first + height).load(device)
             rows.append(part.float().flatten(1))
-        weight = torch.cat(rows)
-        width = module.delta_width
-        if weight.shape != (module.shape[0], width):
+        return torch.cat(rows)
+
+    def _check(self, module: Module, row: _Row, target: Target, height: int, transposed: bool) -> None:
+        shape = row.tensor.shape if len(row.tensor.shape) > 1 else (*row.tensor.shape, 1)
+        rows = shape[1] if transposed else shape[0]
+        width = row.tensor.numel // max(rows, 1)
+        if width != module.delta_width or rows * target.rows != height * row.total:
             raise FormatError(
-                f"the base weight is {list(weight.shape)}, the adapter's {[module.shape[0], width]}",
+                f"the base weight is {list(row.tensor.shape)}, the adapter's {[module.shape[0], module.delta_width]}",
                 file=self.path,
                 key=module.title,
                 hint="the checkpoint is of another model than the adapter",
             )
-        return weight
+
+    @property
+    def _by_shape(self) -> bool:
+        """Whether no table says how weights are stored, so that their shapes have to."""
+        return self.architecture.open or self.architecture.id == "generic"
 
     def _is_transposed(self, module: Module, tensor: LazyTensor) -> bool:
         found = _stored_transposed(module, tensor)
@@ -84,9 +143,21 @@ class BaseWeights:
             )
         return found
 
-    def missing(self, modules: Sequence[Module]) -> list[str]:
-        """Titles of the modules whose weight is not in the checkpoint."""
-        return [module.title for module in modules if any(self.find(target) is None for target in module.targets)]
+    def missing(self, modules: Sequence[Module]) -> list[Module]:
+        """The modules whose weight is not in the checkpoint."""
+        return [module for module in modules if any(self.find(target) is None for target in module.targets)]
+
+    def key_of(self, target: Target) -> str | None:
+        """Under which key the checkpoint would hold the rows of a target; None for a component that it has not."""
+        voice = self.voices.get(target.component)
+        if target.component not in self.components:
+            return None
+        if self.architecture.open:
+            strip, add = self.renamed.get(target.component, ("", ""))
+            return f"{add}{target.path.removeprefix(strip)}.{_WEIGHT}"
+        if voice is None:
+            return None
+        return voice.prefix + self.architecture.naming(target.component, voice.naming).home(target).tensor_key
 
     def _row(self, target: Target) -> _Row:
         found = self.find(target)
@@ -96,18 +167,15 @@ class BaseWeights:
 
     def find(self, target: Target) -> _Row | None:
         """Where the rows of a target are; None if they are not in the checkpoint."""
-        tensors = self.components.get(target.component)
-        if tensors is None:
+        key = self.key_of(target)
+        tensor = None if key is None else self.components[target.component].get(key)
+        if key is None or tensor is None:
             return None
-        if self.architecture.open:
-            tensor = tensors.get(f"{target.path}.weight")
-            return None if tensor is None else _Row(tensor, 0, tensor.shape[0], False)
-        voice = self.voices.get(target.component)
-        if voice is None:
-            return None
-        home = self.architecture.naming(target.component, voice.naming).home(target)
-        tensor = tensors.get(voice.prefix + home.tensor_key)
-        return None if tensor is None else _Row(tensor, home.first_row, tensor.shape[0], home.transposed)
+        if self._by_shape:
+            return _Row(key, tensor, 0, target.rows, False)
+        naming = self.architecture.naming(target.component, self.voices[target.component].naming)
+        home = naming.home(target)
+        return _Row(key, tensor, home.first_row, sum(one.rows for one in naming[home.name]), home.transposed)
 
 
 def base_weights(path: str | os.PathLike[str], adapter: Adapter) -> BaseWeights:
@@ -115,29 +183,10 @@ def base_weights(path: str | os.PathLike[str], adapter: Adapter) -> BaseWeights:
 
     Raises FormatError for a checkpoint of another model, or one that lacks a weight that the adapter updates.
     """
-    place = Path(path)
-    try:
-        parts = _parts(place)
-    except LoratoolError as error:
-        raise error.with_file(str(path)) from error.__cause__
-    except OSError as error:
-        raise FormatError(f"cannot be read: {error.strerror}", file=str(path)) from error
-    architecture = adapter.architecture
-    every = {key: None for part in parts.values() for key in part}
-    model = checkpoint_of(every)
-    if model is not None and not architecture.open and model is not architecture and model.id != architecture.id:
-        raise FormatError(
-            f"is a checkpoint of {model.title}, the adapter is for {architecture.title}",
-            file=str(path),
-            hint="name a checkpoint of the adapter's model",
-        )
-    single = len(parts) == 1 and "" in parts
-    components = {c: parts[""] if single else parts.get(c, {}) for c in adapter.components}
-    voices = {c: voice for c in adapter.components if (voice := _voice(architecture, c, components[c])) is not None}
-    found = BaseWeights(str(path), architecture, components, voices)
-    missing = found.missing(adapter.modules)
-    if not missing and architecture.open:
-        found = replace(found, transposed=_square_transposed(found, adapter))
+    checkpoint = read_checkpoint(path)
+    check_model(str(path), checkpoint_of(checkpoint.keys), adapter.architecture)
+    found = weights_in(str(path), checkpoint.components, adapter)
+    missing = [module.title for module in found.missing(adapter.modules)]
     if missing:
         raise FormatError(
             f"lacks {len(missing)} of the {len(adapter.modules)} weights that the adapter updates: {few(missing)}",
@@ -145,6 +194,60 @@ def base_weights(path: str | os.PathLike[str], adapter: Adapter) -> BaseWeights:
             hint="name a complete checkpoint of the adapter's model",
         )
     return found
+
+
+def check_model(path: str, model: Architecture | None, wanted: Architecture) -> None:
+    """Raises FormatError for a checkpoint of a model that an adapter is not for. None and open ones fit everything."""
+    if model is not None and not wanted.open and model is not wanted and model.id != wanted.id:
+        raise FormatError(
+            f"is a checkpoint of {model.title}, the adapter is for {wanted.title}",
+            file=path,
+            hint="name a checkpoint of the adapter's model",
+        )
+
+
+def weights_in(path: str, parts: Mapping[str, Tensors], adapter: Adapter) -> BaseWeights:
+    """The weights that `adapter` updates among `parts` (sub-folder, or "" for all components, -> key -> tensor).
+
+    What is not there is missing, which is no error yet.
+    """
+    architecture = adapter.architecture
+    components = {c: tensors for c in adapter.components if (tensors := _part(parts, c)) is not None}
+    voices = {c: voice for c in components if (voice := _voice(architecture, c, components[c])) is not None}
+    renamed = {c: _renaming(adapter.of(c), components[c]) for c in components} if architecture.open else {}
+    found = BaseWeights(path, architecture, components, voices, renamed=renamed)
+    return replace(found, transposed=_square_transposed(found, adapter)) if found._by_shape else found
+
+
+def _part(parts: Mapping[str, Tensors], component: str) -> Tensors | None:
+    if "" in parts:
+        return parts[""]
+    if component == "model":
+        backbones = [name for name in _BACKBONES if name in parts]
+        return parts[backbones[0]] if len(backbones) == 1 else None
+    return parts.get(component)
+
+
+def _renaming(modules: Iterable[Module], tensors: Tensors) -> tuple[str, str]:
+    """(what to take off, what to put in front) of the names of a model without a table, so that most are there.
+
+    Checkpoints of one model differ in wrappers: GPT-2's on the hub have no `transformer.`, a saved one has.
+    """
+    paths = [target.path for module in modules for target in module.targets]
+    if not paths:
+        return "", ""
+    names = {key.removesuffix(f".{_WEIGHT}") for key in tensors if key.endswith(f".{_WEIGHT}")}
+    first = paths[0]
+    candidates = [("", "")]
+    candidates += [("", name[: -len(first)]) for name in names if name.endswith(f".{first}")]
+    candidates += [(first[: -len(name)], "") for name in names if first.endswith(f".{name}")]
+    candidates += [("", wrapper) for wrapper in ("model.", "model.diffusion_model.", "diffusion_model.")]
+
+    def held(way: tuple[str, str]) -> int:
+        strip, add = way
+        return sum(path.startswith(strip) and add + path[len(strip) :] in names for path in paths)
+
+    return max(candidates, key=held)
 
 
 def _stored_transposed(module: Module, tensor: LazyTensor) -> bool | None:
@@ -178,22 +281,3 @@ def _voice(architecture: Architecture, component: str, tensors: Tensors) -> Voic
         scores.append(len(keys & tensors.keys()))
     best = max(scores, default=0)
     return voices[scores.index(best)] if best else None
-
-
-def _parts(place: Path) -> dict[str, dict[str, LazyTensor]]:
-    """Component -> key -> tensor; a file, or a folder of shards, is the one component ""."""
-    if place.is_file():
-        return {"": read_header(place).tensors}
-    if not place.exists():
-        raise FormatError("does not exist")
-    own = sorted(place.glob("*.safetensors"))
-    folders = (
-        {"": own} if own else {s.name: sorted(s.glob("*.safetensors")) for s in sorted(place.iterdir()) if s.is_dir()}
-    )
-    found = {}
-    for name, files in folders.items():
-        if files:
-            found[name] = {key: tensor for file in files for key, tensor in read_header(file).tensors.items()}
-    if not found:
-        raise FormatError("holds no safetensors weights", hint="name a checkpoint file or a model's folder")
-    return found
