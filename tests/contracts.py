@@ -160,6 +160,10 @@ def _check_scale(family: Family, factors: Factors, name: str) -> None:
 def _check_rows(family: Family, factors: Factors, whole: torch.Tensor, name: str) -> None:
     """`rows` are rows of the update, and `stacked` puts them together again. Or NotExact, told in words."""
     out = whole.shape[0]
+    if grain := family.grain({role: factor.shape for role, factor in factors.items()}):
+        for start in range(0, out, grain):
+            part = family.rows(factors, start, min(start + grain, out))
+            assert_same(dense(family, part), whole[start : start + grain], f"{name}, grain {start}")
     cuts = sorted({0, 1, out // 3, out // 2, out - 1, out} | {n for n in range(1, out) if out % n == 0})
     for start, stop in ((a, b) for a in cuts for b in cuts if a < b):
         try:

@@ -21,10 +21,11 @@ from loratool.core.registry import architectures, families, layouts, methods
 from loratool.ops.approximate import Approximated
 from loratool.ops.blocks import blocks_of
 from loratool.ops.convert_file import convert_file
+from loratool.ops.inputs import Asked
 from loratool.ops.inspect import inspect
 from loratool.ops.made import Held
 from loratool.ops.merge import MergedModule
-from loratool.ops.merge_files import Asked, merge_files
+from loratool.ops.merge_files import merge_files
 from loratool.ops.open import open_adapter
 from loratool.ops.ranks import parse_rule
 from loratool.ops.replay import replay_file

@@ -13,7 +13,7 @@ from loratool.core.errors import UsageError
 
 if TYPE_CHECKING:
     from loratool.core.method import Method
-    from loratool.ops.merge_files import Asked
+    from loratool.ops.inputs import Asked
     from loratool.ops.ranks import Rule
 
 
@@ -257,7 +257,7 @@ def _check_output(output: str, inputs: Sequence[str]) -> None:
 
 def _asked(inputs: Sequence[str], weights: str | None, blocks: Sequence[str]) -> list[Asked]:
     """The inputs with their strengths and block weights."""
-    from loratool.ops.merge_files import Asked
+    from loratool.ops.inputs import Asked
 
     if not inputs:
         raise UsageError("nothing to merge", hint="name at least one LoRA file")

@@ -82,6 +82,9 @@ class Family(Protocol):
     def rows(self, factors: Factors, start: int, stop: int) -> Factors:
         """Factors of the update's rows `start:stop`. Raises NotExact where the structure cannot be cut there."""
 
+    def grain(self, shapes: Shapes) -> int:
+        """`rows` can cut the update at multiples of so many rows; 0 where it cannot cut at all."""
+
     def live(self, factors: Factors) -> tuple[int, ...] | None:
         """Rank components that reach any row; None where the family has no separable components."""
 

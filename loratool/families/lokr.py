@@ -90,12 +90,15 @@ class Lokr:
 
     def rows(self, factors: Factors, start: int, stop: int) -> Factors:
         """Rows of w1, where the cut falls between the blocks of w2's height. Else NotExact."""
-        shapes = {role: factor.shape for role, factor in factors.items()}
-        block = _right(shapes)[0]
+        block = self.grain({role: factor.shape for role, factor in factors.items()})
         if start % block or stop % block:
             raise NotExact(f"rows {start}:{stop} cut a Kronecker block of {block} rows")
         left = "w1" if "w1" in factors else "w1_a"
         return {**factors, left: factors[left].rows(start // block, stop // block)}
+
+    def grain(self, shapes: Shapes) -> int:
+        """The height of w2, which is that of a Kronecker block."""
+        return _right(shapes)[0]
 
     def live(self, factors: Factors) -> tuple[int, ...] | None:
         """A Kronecker product has no separable rank components."""

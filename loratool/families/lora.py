@@ -90,6 +90,10 @@ class Lora:
             raise NotExact("an embedding is never cut by rows")
         return {role: f.rows(start, stop) if role in ("up", "bias") else f for role, f in factors.items()}
 
+    def grain(self, shapes: Shapes) -> int:
+        """Any row; none of an embedding."""
+        return 0 if "embedding_A" in shapes else 1
+
     def live(self, factors: Factors) -> tuple[int, ...] | None:
         """Columns of up that are not all zero; not separable behind a Tucker core."""
         if "up" not in factors or "mid" in factors:

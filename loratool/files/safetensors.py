@@ -9,7 +9,7 @@ import re
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -62,7 +62,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 def _read_header(path: str | os.PathLike[str]) -> Header:
-    file = _OpenFile(os.fspath(path))
+    file = OpenFile(os.fspath(path))
     length = _header_length(file)
     header = _parsed(_utf8(file.pread(length, _LENGTH)))
     metadata = _metadata(header.pop(METADATA, None))
@@ -70,8 +70,8 @@ def _read_header(path: str | os.PathLike[str]) -> Header:
     return Header(_tensors(header, file, begin), metadata, begin, file.size)
 
 
-class _OpenFile:
-    """An open regular file. The descriptor lives as long as somebody refers to this object."""
+class OpenFile:
+    """An open regular file. The descriptor `fd` lives as long as somebody refers to this object."""
 
     __slots__ = ("__weakref__", "_lock", "fd", "identity", "path", "size")
 
@@ -144,12 +144,12 @@ class _OpenFile:
             os.close(self.fd)
 
 
-class _FileRange:
-    """A stretch of an open file."""
+class FileRange:
+    """A stretch of an open file: `nbytes` from `start` on."""
 
     __slots__ = ("file", "nbytes", "start")
 
-    def __init__(self, file: _OpenFile, start: int, nbytes: int) -> None:
+    def __init__(self, file: OpenFile, start: int, nbytes: int) -> None:
         self.file = file
         self.start = start
         self.nbytes = nbytes
@@ -166,9 +166,9 @@ class _FileRange:
         self.file.readinto(view, self.start)
         return view
 
-    def slice(self, start: int, stop: int) -> _FileRange:
+    def slice(self, start: int, stop: int) -> FileRange:
         """The bytes `start:stop`, lazily."""
-        return _FileRange(self.file, self.start + start, stop - start)
+        return FileRange(self.file, self.start + start, stop - start)
 
 
 def _check_regular(mode: int) -> None:
@@ -184,7 +184,7 @@ def _check_regular(mode: int) -> None:
         raise FormatError(f"is {kind}, expected a safetensors file", hint="name a file on disk")
 
 
-def _header_length(file: _OpenFile) -> int:
+def _header_length(file: OpenFile) -> int:
     """The length of the JSON, checked. Raises FormatError that says what the file is if not safetensors."""
     head = file.pread(min(file.size, 4096), 0)
     length = int.from_bytes(head[:_LENGTH], "little")
@@ -261,7 +261,7 @@ def _metadata(found: Any) -> dict[str, str]:
     return found
 
 
-def _tensors(header: dict[str, Any], file: _OpenFile, begin: int) -> dict[str, LazyTensor]:
+def _tensors(header: dict[str, Any], file: OpenFile, begin: int) -> dict[str, LazyTensor]:
     """All entries, checked one by one and against each other: they must cover the data without holes or overlaps."""
     tensors: dict[str, LazyTensor] = {}
     spans: list[tuple[int, int, str]] = []
@@ -272,7 +272,7 @@ def _tensors(header: dict[str, Any], file: _OpenFile, begin: int) -> dict[str, L
             error.key = name
             raise
         spans.append((start, stop, name))
-        tensors[name] = LazyTensor(shape, dtype, _FileRange(file, begin + start, stop - start))
+        tensors[name] = LazyTensor(shape, dtype, FileRange(file, begin + start, stop - start))
     spans.sort()
     position = 0
     for start, stop, name in spans:
@@ -450,13 +450,24 @@ def _entries_json(ordered: Mapping[str, LazyTensor]) -> str:
             raise LoratoolError(
                 f"has {tensor.nbytes} bytes, but {tensor.dtype} {list(tensor.shape)} takes {bits} bits", key=name
             )
-        shape = ",".join(map(str, tensor.shape))
-        stop = position + tensor.nbytes
-        parts.append(
-            f'{_quoted(name)}:{{"dtype":"{tensor.dtype}","shape":[{shape}],"data_offsets":[{position},{stop}]}}'
-        )
-        position = stop
+        parts.append(_entry_json(name, tensor.dtype, tensor.shape, position))
+        position += tensor.nbytes
     return ",".join(parts)
+
+
+def _entry_json(name: str, dtype: str, shape: Sequence[int], start: int) -> str:
+    stop = start + math.prod(shape) * DTYPES[dtype] // 8
+    sizes = ",".join(map(str, shape))
+    return f'{_quoted(name)}:{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{start},{stop}]}}'
+
+
+def header_bytes(entries: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """Length and header of a file whose tensors (name -> dtype, shape, first byte in the data) have any order.
+
+    Raises LoratoolError for what the format cannot hold.
+    """
+    text = ",".join(_entry_json(name, *entry) for name, entry in entries.items())
+    return _header_json(text, dict(metadata) or None)
 
 
 def _header_json(entries: str, metadata: Mapping[str, str] | None) -> bytes:
@@ -511,7 +522,7 @@ class _Output:
 
     def __init__(self, path: str | os.PathLike[str], tensors: Mapping[str, LazyTensor]) -> None:
         self._path = os.fspath(path)
-        self._inputs = {t.source.file.identity for t in tensors.values() if isinstance(t.source, _FileRange)}
+        self._inputs = {t.source.file.identity for t in tensors.values() if isinstance(t.source, FileRange)}
 
     def __enter__(self) -> _Output:
         # Not truncated at once: the file might be where the tensors are.

@@ -22,6 +22,7 @@ from loratool.core.tensor import DTYPES, LazyTensor, code_of, torch_dtype
 from loratool.ops.conflicts import sign_conflicts
 from loratool.ops.convert import cast
 from loratool.ops.decompose import decompose
+from loratool.ops.inputs import Input
 from loratool.ops.low_rank import low_rank
 from loratool.ops.merged_module import (
     check_range,
@@ -38,7 +39,7 @@ from loratool.ops.ranks import LOCAL, Limits, Rule, choose
 from loratool.ops.resize import Cut, Written, candidate, resize
 from loratool.ops.similar import Similar, independent, norm_of_sum
 from loratool.ops.spectrum import Spectrum, spectrum, truncated
-from loratool.ops.terms import REPLACED_BY, Group, Input, Seen, common_dtype, group, wide_dtype
+from loratool.ops.terms import REPLACED_BY, Group, Seen, common_dtype, group, wide_dtype
 from loratool.ops.weights import BaseWeights
 
 if TYPE_CHECKING:

@@ -23,13 +23,13 @@ from loratool.ops import recipe
 from loratool.ops.blocks import BlockWeights, block_label, block_weights
 from loratool.ops.finite import check_finite
 from loratool.ops.headers import merged_metadata
+from loratool.ops.inputs import Asked, Input
 from loratool.ops.lone import lone_share
 from loratool.ops.made import Held, Made, Progress, make, save_made, told
 from loratool.ops.merge import Merged, MergedModule, check_inputs, merge
 from loratool.ops.open import open_adapter
 from loratool.ops.ranks import Limits, Rule, check_limits
 from loratool.ops.recipe import file_name
-from loratool.ops.terms import Input
 from loratool.ops.weights import base_weights
 
 METADATA = ("first", "union", "none")
@@ -86,19 +86,6 @@ class MergeReport:
     notes: tuple[str, ...]
     held: Held | None
     seconds: float
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One input as it was asked for: a path, its strength, and what block weights it has (see `block_weights`).
-
-    `name` is what the header calls it (the file's name, if None).
-    """
-
-    path: str
-    weight: float = 1.0
-    blocks: str | Mapping[str, Any] | None = None
-    name: str | None = None
 
 
 def merge_files(

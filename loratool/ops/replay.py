@@ -20,8 +20,9 @@ from loratool.ops import recipe
 from loratool.ops.compare import compare
 from loratool.ops.convert import dtype_code
 from loratool.ops.devices import device_named
+from loratool.ops.inputs import Asked
 from loratool.ops.made import Progress
-from loratool.ops.merge_files import Asked, merge_files
+from loratool.ops.merge_files import merge_files
 from loratool.ops.open import layout_named, open_adapter
 from loratool.ops.per_block import from_mapping
 from loratool.ops.ranks import GLOBAL, LOCAL, Limits, Rule, parse_rule

@@ -18,21 +18,12 @@ from loratool.core.naming import Naming
 from loratool.core.registry import families
 from loratool.core.target import same_shape
 from loratool.core.tensor import DTYPES, LazyTensor, code_of
-from loratool.ops.blocks import BlockWeights
 from loratool.ops.convert import cast
 from loratool.ops.factored import dense_update, pair_update
+from loratool.ops.inputs import Input
 from loratool.ops.low_rank import low_rank
 from loratool.ops.spell import check_writable, namings_for, regrouped
 from loratool.ops.weights import BaseWeights
-
-
-@dataclass(frozen=True, eq=False)
-class Input:
-    """One adapter in a merge, its strength, and weights for its blocks."""
-
-    adapter: Adapter
-    weight: float = 1.0
-    blocks: BlockWeights | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from loratool.cli.main import app
 from loratool.core.registry import methods
 from loratool.ops import recipe
-from loratool.ops.merge_files import Asked, merge_files
+from loratool.ops.inputs import Asked
+from loratool.ops.merge_files import merge_files
 from loratool.ops.open import open_adapter
 from tests.cli.test_info import BAD, HOSTILE, assert_fits, assert_inert
 from tests.ops.test_merge_files import make

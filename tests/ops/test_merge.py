@@ -21,12 +21,13 @@ from loratool.core.tensor import LazyTensor, code_of
 from loratool.ops.blocks import BlockWeights, Entry
 from loratool.ops.conflicts import sign_conflicts
 from loratool.ops.convert import cast
+from loratool.ops.inputs import Input
 from loratool.ops.low_rank import low_rank
 from loratool.ops.merge import Merged, merge
 from loratool.ops.open import understand
 from loratool.ops.ranks import Limits, parse_rule
 from loratool.ops.spell import spell
-from loratool.ops.terms import Input, common_dtype
+from loratool.ops.terms import common_dtype
 from loratool.ops.weights import BaseWeights
 from tests.builders import ARCHITECTURES, LAYOUTS, Part, Weight, build, random_parts, weight, weights
 

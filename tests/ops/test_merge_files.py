@@ -15,8 +15,9 @@ from loratool.core.errors import LoratoolError, UsageError
 from loratool.core.registry import methods
 from loratool.core.tensor import LazyTensor
 from loratool.ops import recipe
+from loratool.ops.inputs import Asked
 from loratool.ops.lone import lone_share
-from loratool.ops.merge_files import Asked, MergeReport, merge_files
+from loratool.ops.merge_files import MergeReport, merge_files
 from loratool.ops.open import open_adapter
 from loratool.ops.ranks import Limits, parse_rule
 from tests.builders import LAYOUTS, Part, Style, build, weight, weights, write_file

@@ -19,7 +19,8 @@ from loratool.core.registry import methods
 from loratool.core.tensor import LazyTensor
 from loratool.files.bundle import read_bundle
 from loratool.ops import recipe
-from loratool.ops.merge_files import Asked, merge_files
+from loratool.ops.inputs import Asked
+from loratool.ops.merge_files import merge_files
 from loratool.ops.open import open_adapter
 from loratool.ops.per_block import from_mapping
 from loratool.ops.ranks import Limits, parse_rule

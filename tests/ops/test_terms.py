@@ -16,7 +16,8 @@ from loratool.core.registry import architectures, families, layouts
 from loratool.core.tensor import LazyTensor
 from loratool.ops.blocks import BlockWeights, Entry
 from loratool.ops.convert import cast
-from loratool.ops.terms import Group, Input, Seen, Term, group
+from loratool.ops.inputs import Input
+from loratool.ops.terms import Group, Seen, Term, group
 from tests.builders import Weight, weight
 from tests.contracts import assert_same
 

@@ -16,7 +16,8 @@ from torch import nn
 from loratool.core.method import Update
 from loratool.core.registry import methods
 from loratool.merging import _noise
-from loratool.ops.merge_files import Asked, merge_files
+from loratool.ops.inputs import Asked
+from loratool.ops.merge_files import merge_files
 from loratool.ops.open import open_adapter
 from loratool.ops.ranks import parse_rule
 

@@ -1,0 +1,160 @@
+"""Stream: a copy of a safetensors file with other bytes in some tensors, written piece by piece by many threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from loratool.core.errors import FormatError, LoratoolError
+from loratool.core.tensor import DTYPES, LazyTensor
+from loratool.files.safetensors import FileRange, Header, header_bytes
+
+PIECE = 1 << 20
+"""What is copied or compared at once: small enough for the processor's cache."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the tensors of a new file stand: name -> (dtype, shape, first byte in the data), in the header's order."""
+
+    entries: Mapping[str, tuple[str, tuple[int, ...], int]]
+    nbytes: int
+
+    def header(self, metadata: Mapping[str, str]) -> bytes:
+        """Length and header as they stand in the file."""
+        return header_bytes(self.entries, metadata)
+
+    def start(self, name: str) -> int:
+        """The first byte of a tensor in the data."""
+        return self.entries[name][2]
+
+
+def plan_like(header: Header, dtypes: Mapping[str, str] | None = None) -> Plan:
+    """The tensors of `header` in their order, those in `dtypes` with another dtype."""
+    dtypes = dtypes or {}
+    position = 0
+    starts: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    for name in in_data_order(header):
+        tensor = header.tensors[name]
+        dtype = dtypes.get(name, tensor.dtype)
+        starts[name] = (dtype, tensor.shape, position)
+        position += tensor.numel * DTYPES[dtype] // 8
+    return Plan({name: starts[name] for name in header.tensors}, position)
+
+
+def in_data_order(header: Header) -> list[str]:
+    """Names of the tensors as they follow one another in the data, which may differ from the header's order."""
+    return sorted(header.tensors, key=lambda name: stretch(header.tensors[name]).start)
+
+
+def stretch(tensor: LazyTensor) -> FileRange:
+    """Where a tensor that was read from a file lies in it. Raises TypeError for any other."""
+    if not isinstance(tensor.source, FileRange):
+        raise TypeError("the tensor is not in a file")
+    return tensor.source
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Bytes that are the same in both files: `nbytes` at `source` of the old and at `target` of the new one's data."""
+
+    source: int
+    target: int
+    nbytes: int
+
+    def parts(self, size: int) -> Iterator[Copy]:
+        """The copy in parts of that size."""
+        for at in range(0, self.nbytes, size):
+            yield Copy(self.source + at, self.target + at, min(size, self.nbytes - at))
+
+
+def copies(header: Header, plan: Plan, others: Sequence[str] | frozenset[str]) -> list[Copy]:
+    """What is copied from the file of `header`: everything but the tensors `others`, neighbours in one stretch."""
+    found: list[Copy] = []
+    for name in in_data_order(header):
+        if name in others:
+            continue
+        piece = Copy(stretch(header.tensors[name]).start, plan.start(name), header.tensors[name].nbytes)
+        last = found[-1] if found else None
+        if last and (last.source + last.nbytes, last.target + last.nbytes) == (piece.source, piece.target):
+            found[-1] = Copy(last.source, last.target, last.nbytes + piece.nbytes)
+        elif piece.nbytes:
+            found.append(piece)
+    return found
+
+
+class Output:
+    """A file that threads fill in any order. Its header is written last, when what it tells is known.
+
+    `head` is the number of bytes of the header. Raises LoratoolError for what the system refuses.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], head: int, plan: Plan) -> None:
+        self._path = os.fspath(path)
+        self.head = head
+        try:
+            self.fd = os.open(self._path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+            os.ftruncate(self.fd, head + plan.nbytes)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self.fd)
+
+    def write(self, data: memoryview, at: int) -> None:
+        """Writes bytes of the data region from byte `at` of it on."""
+        self._write(data, self.head + at)
+
+    def read(self, data: memoryview, at: int) -> None:
+        """Reads back what was written to the data region from byte `at` on."""
+        done = 0
+        while done < data.nbytes:
+            count = os.preadv(self.fd, [data[done:]], self.head + at + done)
+            if not count:
+                raise LoratoolError("became shorter while it was written", file=self._path)
+            done += count
+
+    def finish(self, header: bytes) -> None:
+        """Writes the header, which must be as long as announced."""
+        if len(header) != self.head:
+            raise ValueError(f"the header has {len(header)} bytes, announced {self.head}")
+        self._write(memoryview(header), 0)
+
+    def copy(self, source: FileRange, what: Copy, buffer: bytearray) -> None:
+        """Copies bytes of an open file, through a buffer."""
+        view = memoryview(buffer)
+        for part in what.parts(len(buffer)):
+            piece = view[: part.nbytes]
+            source.file.readinto(piece, part.source)
+            self.write(piece, part.target)
+
+    def check(self, source: FileRange, what: Copy, buffers: tuple[bytearray, bytearray]) -> None:
+        """Raises FormatError unless the bytes that were copied are those of the source. Buffers are of one size."""
+        ours, theirs = buffers
+        for part in what.parts(len(ours)):
+            source.file.readinto(memoryview(ours)[: part.nbytes], part.source)
+            self.read(memoryview(theirs)[: part.nbytes], part.target)
+            if ours[: part.nbytes] != theirs[: part.nbytes] if part.nbytes < len(ours) else ours != theirs:
+                raise FormatError(
+                    f"bytes {part.source} to {part.source + part.nbytes} are not the same in what was written",
+                    file=source.file.path,
+                    hint="something else writes to the file, or the disk is bad: nothing was kept",
+                )
+
+    def _write(self, data: memoryview, at: int) -> None:
+        try:
+            done = 0
+            while done < data.nbytes:
+                done += os.pwrite(self.fd, data[done:], at + done)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> LoratoolError:
+        return LoratoolError(f"cannot be written: {error.strerror}", file=self._path)
