@@ -5,14 +5,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from loratool.core.errors import LoratoolError
 
 # File names are limited to 255 bytes almost everywhere; what is added here takes 23.
 _LONGEST_STEM = 220
+
+
+try:
+    import fcntl
+except ImportError:  # Windows: leftovers of a killed run stay
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
@@ -21,14 +30,16 @@ def atomic_write(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
 
     The file is flushed to the disk before it gets its name, and so is the folder. Any exception,
     KeyboardInterrupt included, removes the temporary file and leaves `path` as it was. A symbolic link is replaced,
-    not followed. Without `overwrite` a file that appears in the meantime is not replaced either.
+    not followed. Without `overwrite` a file that appears in the meantime is not replaced either. What a run for the
+    same `path` left when it was killed is removed first.
 
     Raises LoratoolError at once when the folder is missing or cannot be written to, when `path` exists (without
     `overwrite`), or when it is anything but a regular file.
     """
     target = Path(path)
     _check_target(target, overwrite)
-    temporary = _create(target)
+    _remove_leftovers(target)
+    temporary, lock = _create(target)
     try:
         yield temporary
         try:
@@ -40,6 +51,70 @@ def atomic_write(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
     finally:
         # After publishing, the name is gone already.
         temporary.unlink(missing_ok=True)
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """Gives the path of an empty temporary folder beside `path`; it becomes `path` when the block ends well.
+
+    Its files are flushed before. An existing folder is replaced with `overwrite`, an empty one without. Any exception
+    removes the temporary folder and leaves `path` as it was, as do leftovers of a killed run, see `atomic_write`.
+    """
+    target = Path(path)
+    if target.exists() and not overwrite and any(target.iterdir()):
+        raise _exists(target)
+    _remove_leftovers(target)
+    temporary = _temporary_name(target)
+    try:
+        temporary.mkdir()
+        lock = _locked(os.open(temporary, os.O_RDONLY))
+    except OSError as error:
+        raise LoratoolError(f"cannot be written: {error.strerror}", file=str(target)) from error
+    try:
+        yield temporary
+        try:
+            for place, _, names in os.walk(temporary):
+                for name in names:
+                    if os.stat(os.path.join(place, name)).st_nlink == 1:  # what is linked is on the disk already
+                        _flush(Path(place, name))
+                _flush_folder(Path(place))
+            _swap(temporary, target)
+        except OSError as error:
+            raise LoratoolError(f"cannot be written: {error.strerror}", file=str(target)) from error
+        _flush_folder(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    """Gives a folder its name. What had it goes last: a run that is killed between leaves one of the two whole."""
+    if not target.exists() or not any(target.iterdir()):
+        os.replace(temporary, target)
+        return
+    old = _temporary_name(target)
+    os.rename(target, old)
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_room(folder: Path, nbytes: int) -> None:
+    """Raises LoratoolError if a file system has less room than that."""
+    if not hasattr(os, "statvfs"):
+        return
+    found = os.statvfs(folder)
+    free = found.f_bavail * found.f_frsize
+    if free < nbytes:
+        raise LoratoolError(
+            f"there is not enough room: {free / 2**30:.1f} GiB free, {nbytes / 2**30:.1f} GiB needed",
+            file=str(folder),
+            hint="free some, or choose another -o",
+        )
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -66,18 +141,55 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise _exists(target)
 
 
-def _create(target: Path) -> Path:
-    import secrets
-
-    stem = os.fsencode(target.name)[:_LONGEST_STEM].decode("utf-8", "ignore")
-    temporary = target.with_name(f".{stem}.loratool-{secrets.token_hex(4)}.tmp")
+def _create(target: Path) -> tuple[Path, int]:
+    """A new file, and a descriptor that says that somebody is at work on it, as long as it is open."""
+    temporary = _temporary_name(target)
     try:
         # The system applies the umask to the mode.
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        return temporary, _locked(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except OSError as error:
         hint = "choose a folder that you can write to" if isinstance(error, PermissionError) else None
         raise LoratoolError(f"cannot be written: {error.strerror}", file=str(target), hint=hint) from error
-    return temporary
+
+
+def _stem(target: Path) -> str:
+    return os.fsencode(target.name)[:_LONGEST_STEM].decode("utf-8", "ignore")
+
+
+def _temporary_name(target: Path) -> Path:
+    import secrets
+
+    return target.with_name(f".{_stem(target)}.loratool-{secrets.token_hex(4)}.tmp")
+
+
+def _locked(descriptor: int) -> int:
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # a network file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Removes temporary files and folders of `target` that nobody is at work on any more: their run was killed."""
+    if fcntl is None:
+        return
+    name = re.compile(re.escape(f".{_stem(target)}.loratool-") + r"[0-9a-f]{8}\.tmp")
+    with contextlib.suppress(OSError):
+        for found in [entry for entry in os.scandir(target.parent) if name.fullmatch(entry.name)]:
+            _remove_if_left(found)
+
+
+def _remove_if_left(found: os.DirEntry[Any]) -> None:
+    with contextlib.suppress(OSError):
+        descriptor = os.open(found.path, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if found.is_dir(follow_symlinks=False):
+                shutil.rmtree(found.path, ignore_errors=True)
+            else:
+                os.unlink(found.path)
+        finally:
+            os.close(descriptor)
 
 
 def _flush(file: Path) -> None:

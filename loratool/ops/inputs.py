@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratool.core.adapter import Adapter
-from loratool.ops.blocks import BlockWeights
+from loratool.core.architecture import Architecture
+from loratool.core.errors import LoratoolError
+from loratool.ops.blocks import BlockWeights, block_weights
+from loratool.ops.open import open_adapter
 
 
 @dataclass(frozen=True)
@@ -30,3 +33,23 @@ class Input:
     adapter: Adapter
     weight: float = 1.0
     blocks: BlockWeights | None = None
+
+
+def opened(asked: Asked, architecture: Architecture | str | None = None) -> Input:
+    """The input that was asked for; `architecture` says what model it is for instead of letting it be detected."""
+    return weighed(asked, open_adapter(asked.path, architecture=architecture))
+
+
+def weighed(asked: Asked, adapter: Adapter) -> Input:
+    """An adapter with the strength and block weights that were asked for. Raises UsageError for weights that its model
+    has no blocks for."""
+    if asked.blocks is None:
+        return Input(adapter, asked.weight)
+    try:
+        if isinstance(asked.blocks, str):
+            blocks = block_weights(asked.blocks, adapter.architecture, adapter.modules)
+        else:
+            blocks = BlockWeights.from_data(asked.blocks, adapter.architecture)
+    except LoratoolError as error:
+        raise error.with_file(asked.path) from error.__cause__
+    return Input(adapter, asked.weight, blocks)

@@ -20,14 +20,13 @@ from loratool.core.registry import layouts
 from loratool.core.tensor import LazyTensor, same_bytes
 from loratool.files.bundle import check_output
 from loratool.ops import recipe
-from loratool.ops.blocks import BlockWeights, block_label, block_weights
+from loratool.ops.blocks import block_label
 from loratool.ops.finite import check_finite
 from loratool.ops.headers import merged_metadata
-from loratool.ops.inputs import Asked, Input
+from loratool.ops.inputs import Asked, Input, opened
 from loratool.ops.lone import lone_share
 from loratool.ops.made import Held, Made, Progress, make, save_made, told
 from loratool.ops.merge import Merged, MergedModule, check_inputs, merge
-from loratool.ops.open import open_adapter
 from loratool.ops.ranks import Limits, Rule, check_limits
 from loratool.ops.recipe import file_name
 from loratool.ops.weights import base_weights
@@ -122,7 +121,7 @@ def merge_files(
         raise UsageError("nothing to merge", hint="name at least one LoRA file")
     if metadata not in METADATA:
         raise UsageError(f"--metadata is {metadata!r}", hint=f"one of: {', '.join(METADATA)}")
-    inputs = [_opened(one, architecture) for one in asked]
+    inputs = [opened(one, architecture) for one in asked]
     layout = to or inputs[0].adapter.layout
     check_output(output, [one.path for one in asked], layouts()[layout].folder, overwrite)
     check_inputs(inputs, method, options)
@@ -235,20 +234,6 @@ def _file_told(inputs: Sequence[Input]) -> Iterator[None]:
                 except FormatError:
                     raise error.with_file(one.adapter.path) from None
         raise
-
-
-def _opened(one: Asked, architecture: Architecture | str | None) -> Input:
-    adapter = open_adapter(one.path, architecture=architecture)
-    if one.blocks is None:
-        return Input(adapter, one.weight)
-    try:
-        if isinstance(one.blocks, str):
-            blocks = block_weights(one.blocks, adapter.architecture, adapter.modules)
-        else:
-            blocks = BlockWeights.from_data(one.blocks, adapter.architecture)
-    except LoratoolError as error:
-        raise error.with_file(one.path) from error.__cause__
-    return Input(adapter, one.weight, blocks)
 
 
 def _sources(

@@ -24,14 +24,16 @@ Tick = Callable[[int, int], None]
 """Called with (done, total) after every job."""
 
 
-def each(work: Callable[[Job], Result], jobs: Sequence[Job], tick: Tick | None = None) -> list[Result]:
+def each(
+    work: Callable[[Job], Result], jobs: Sequence[Job], tick: Tick | None = None, workers: int | None = None
+) -> list[Result]:
     """`work` of every job, in the jobs' order. The first error stops what has not begun and is raised.
 
-    In as many threads as `threads` says. Jobs begin in order.
+    In `workers` threads: as many as `threads` says, if None. Jobs begin in order.
     """
     results: list[Result] = []
     with _one_thread_each():
-        for result in _run(work, jobs, threads()):
+        for result in _run(work, jobs, workers or threads()):
             results.append(result)
             if tick is not None:
                 tick(len(results), len(jobs))
@@ -70,6 +72,7 @@ def _run(work: Callable[[Job], Result], jobs: Sequence[Job], count: int) -> Iter
         return
     futures: list[Future[Result]] = []
     torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch is not None else 0
     pool = ThreadPoolExecutor(min(count, len(jobs)) or 1, "loratool", initializer=_alone)
     try:
         futures = [pool.submit(work, job) for job in jobs]
@@ -78,7 +81,7 @@ def _run(work: Callable[[Job], Result], jobs: Sequence[Job], count: int) -> Iter
     finally:
         pool.shutdown(cancel_futures=True)
         if torch is not None:
-            torch.set_num_threads(count)
+            torch.set_num_threads(before)
 
 
 def _alone() -> None:

@@ -1,0 +1,282 @@
+"""Sites: which tensors of a checkpoint adapters change, and what is added to which of their rows. Nothing is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+from loratool.core.adapter import Adapter
+from loratool.core.errors import FormatError
+from loratool.core.module import Module
+from loratool.core.tensor import LazyTensor
+from loratool.files.checkpoint import CheckpointFiles, WeightFile, WeightSet
+from loratool.ops.inputs import Input
+from loratool.ops.weights import BaseWeights, Span, weights_in
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+"""dtypes that can be added to."""
+
+SCALED = frozenset({"F8_E4M3", "F8_E5M2"})
+"""dtypes whose tensors may have a scale beside them."""
+
+_SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
+_NEAR = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What one module adds to a stretch of one tensor: `strength` times rows `span.start:span.stop` of its update.
+
+    `places` are all spans of the module with the tensors they are in: what a DoRA norm over whole columns takes.
+    """
+
+    module: Module
+    strength: float
+    span: Span
+    places: tuple[tuple[Span, LazyTensor, LazyTensor | None], ...]
+
+    @property
+    def first(self) -> int:
+        """The first row of the tensor (column, if it is transposed) that is changed."""
+        return self.span.first
+
+    @property
+    def last(self) -> int:
+        """The row behind the last one that is changed."""
+        return self.span.first + self.span.stop - self.span.start
+
+
+@dataclass(frozen=True, eq=False)
+class Fixed:
+    """Values that stand for themselves: a bias, which is added times `strength`, or a whole tensor that takes the
+    place of the base's (PEFT's modules_to_save; `replaces`)."""
+
+    values: LazyTensor
+    start: int
+    strength: float
+    first: int
+    last: int
+    replaces: bool
+    title: str
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One tensor of one file that becomes another: `parts` are added to it, and it is stored as `dtype`.
+
+    `scale_key` names the scale of a scaled fp8 tensor: the weight is tensor * `scale`. Without parts it is only cast.
+    """
+
+    component: str
+    file: WeightFile
+    key: str
+    tensor: LazyTensor
+    dtype: str
+    parts: tuple[Part | Fixed, ...] = ()
+    scale_key: str | None = None
+    scale: LazyTensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read."""
+        return self.tensor.nbytes
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """A module (or tensor) of an adapter that has no place in the checkpoint, and the name that comes nearest."""
+
+    adapter: str
+    title: str
+    reason: str
+    nearest: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Sites:
+    """All sites of a checkpoint, and what found none. `silent` counts modules of strength 0."""
+
+    sites: tuple[Site, ...]
+    unmatched: tuple[Unmatched, ...]
+    silent: int = 0
+    notes: tuple[str, ...] = field(default=())
+
+
+def find_sites(checkpoint: CheckpointFiles, inputs: Sequence[Input], dtype: str | None = None) -> Sites:
+    """Where the inputs change the checkpoint, which is cast to `dtype` if one is given. Reads headers only.
+
+    Raises FormatError for weights that cannot be added to (integers), and for shapes that do not fit.
+    """
+    found = _Finder(checkpoint, dtype)
+    for one in inputs:
+        found.add(one)
+    return found.result(checkpoint)
+
+
+class _Finder:
+    """Collects what is added to which tensor."""
+
+    def __init__(self, checkpoint: CheckpointFiles, dtype: str | None) -> None:
+        self._checkpoint, self._dtype = checkpoint, dtype
+        self._parts: dict[tuple[int, str], tuple[str, list[Part | Fixed]]] = {}
+        self._unmatched: list[Unmatched] = []
+        self._silent = 0
+
+    def add(self, one: Input) -> None:
+        """Finds the places of one input."""
+        adapter = one.adapter
+        placed: set[int] = set()
+        kept: set[str] = set()
+        for index, weights in enumerate(self._checkpoint.sets):
+            parts = {weights.folder: weights.tensors}
+            base = weights_in(self._checkpoint.path, parts, adapter)
+            here = [module for module in adapter.modules if base.key_of(module.targets[0]) is not None]
+            missing = {id(module) for module in base.missing(here)}
+            if len(missing) == len(here):
+                missing = set()
+                here = []  # another variant, or nothing of this adapter
+            for module in here:
+                if id(module) not in missing:
+                    placed.add(id(module))
+                    self._place(index, base, one, module)
+            kept |= set(self._saved(index, base, one))
+        self._miss(adapter, [module for module in adapter.modules if id(module) not in placed], kept)
+
+    def _place(self, index: int, base: BaseWeights, one: Input, module: Module) -> None:
+        tensors = base.components[module.component]
+        spans = base.spans(module)
+        gains = one.blocks.of_module(module) if one.blocks is not None else (1.0,) * len(module.targets)
+        strengths = [one.weight * gain for gain in gains]
+        if not any(strengths):
+            self._silent += 1
+            return
+        places = tuple((span, tensors[span.key], scale_of(tensors, span.key)[1]) for span in spans)
+        for span, strength in _joined(spans, strengths):
+            if strength:
+                self._note(index, span.key, module.component, Part(module, strength, span, places))
+        if "bias" in module.factors:
+            self._place_bias(index, base, one, module, list(zip(spans, strengths, strict=True)))
+
+    def _place_bias(
+        self, index: int, base: BaseWeights, one: Input, module: Module, spans: Sequence[tuple[Span, float]]
+    ) -> None:
+        tensors = base.components[module.component]
+        for span, strength in spans:
+            key = span.bias_key
+            if key is None or key not in tensors:
+                reason = "its bias (lora_bias) has no place: the layer has none in the checkpoint"
+                self._unmatched.append(Unmatched(one.adapter.path, f"{module.title} (bias)", reason))
+                return
+            last = span.first + span.stop - span.start
+            fixed = Fixed(
+                module.factors["bias"], span.start, strength * module.scale, span.first, last, False, module.title
+            )
+            self._note(index, key, module.component, fixed)
+
+    def _saved(self, index: int, base: BaseWeights, one: Input) -> Iterator[str]:
+        """Keys of the extras that are whole tensors of the base (PEFT's modules_to_save), which they replace."""
+        if one.adapter.layout != "peft" or not one.weight:
+            return
+        for key, tensor in one.adapter.extras.items():
+            path = key.rpartition("/")[2].removeprefix("base_model.model.")
+            for component, tensors in base.components.items():
+                name = _with_renaming(path, base.renamed.get(component, ("", "")))
+                if name in tensors and tensors[name].shape == tensor.shape:
+                    rows = tensor.shape[0] if tensor.shape else 1
+                    self._note(index, name, component, Fixed(tensor, 0, one.weight, 0, rows, True, key))
+                    yield key
+
+    def _note(self, index: int, key: str, component: str, part: Part | Fixed) -> None:
+        self._parts.setdefault((index, key), (component, []))[1].append(part)
+
+    def _miss(self, adapter: Adapter, modules: Sequence[Module], kept: set[str]) -> None:
+        names = [key.removesuffix(".weight") for key in self._checkpoint.keys if key.endswith("weight")]
+        for number, module in enumerate(modules):
+            base = weights_in(self._checkpoint.path, self._checkpoint.components, adapter)
+            wanted = next((base.key_of(t) for t in module.targets if base.find(t) is None), None)
+            near = (
+                get_close_matches((wanted or module.targets[0].path).removesuffix(".weight"), names, 1, 0.6)
+                if number < _NEAR
+                else []
+            )
+            reason = "is not in the checkpoint" if wanted else f"the checkpoint has no {module.component}"
+            self._unmatched.append(Unmatched(adapter.path, module.title, reason, near[0] if near else None))
+        for key in adapter.extras:
+            if key not in kept:
+                self._unmatched.append(Unmatched(adapter.path, key, "is no module that can be baked"))
+
+    def result(self, checkpoint: CheckpointFiles) -> Sites:
+        """Everything that was found, in the order of the files and of the data in them."""
+        sites: list[Site] = []
+        for index, weights in enumerate(checkpoint.sets):
+            sites += self._sites(index, weights)
+        return Sites(tuple(sites), tuple(self._unmatched), self._silent)
+
+    def _sites(self, index: int, weights: WeightSet) -> Iterator[Site]:
+        scales = {scale_of(weights.tensors, key)[0] for key in weights.tensors}
+        for key, tensor in weights.tensors.items():
+            component, parts = self._parts.get((index, key), (weights.folder, []))
+            dtype = self._stored_as(key, tensor, scales)
+            if not parts and dtype == tensor.dtype:
+                continue
+            if tensor.dtype not in FLOATS:
+                raise FormatError(
+                    f"holds {tensor.dtype} {list(tensor.shape)}, which nothing can be added to",
+                    file=weights.homes[key].path,
+                    key=key,
+                    hint="it is quantised: bake into the full-precision checkpoint and quantise that",
+                )
+            scale_key, scale = scale_of(weights.tensors, key)
+            _check_scale(weights, key, tensor, scale_key, scale)
+            yield Site(component, weights.homes[key], key, tensor, dtype, tuple(parts), scale_key, scale)
+
+    def _stored_as(self, key: str, tensor: LazyTensor, scales: set[str | None]) -> str:
+        """The dtype of a tensor in the output: scales stay what they are, and vectors do not become fp8."""
+        if self._dtype is None or tensor.dtype not in FLOATS or key in scales:
+            return tensor.dtype
+        return tensor.dtype if self._dtype in SCALED and len(tensor.shape) < 2 else self._dtype
+
+
+def scale_of(tensors: Mapping[str, LazyTensor], key: str) -> tuple[str | None, LazyTensor | None]:
+    """The key and the tensor of the scale that belongs to a scaled fp8 weight; None, None for any other tensor."""
+    if tensors[key].dtype in SCALED and key.endswith("weight"):
+        for name in _SCALES:
+            other = key[: -len("weight")] + name
+            if other in tensors:
+                return other, tensors[other]
+    return None, None
+
+
+def _check_scale(
+    weights: WeightSet, key: str, tensor: LazyTensor, scale_key: str | None, scale: LazyTensor | None
+) -> None:
+    """Raises FormatError for a scale that is neither one number nor one per row."""
+    if scale is None or scale.numel == 1 or scale.numel == scale.shape[0] == tensor.shape[0]:
+        return
+    raise FormatError(
+        f"has shape {list(scale.shape)}, expected one number, or one for each of {tensor.shape[0]} rows",
+        file=weights.homes[key].path,
+        key=scale_key,
+        hint="block-wise scales are not supported: bake into the full-precision checkpoint",
+    )
+
+
+def _joined(spans: Iterable[Span], strengths: Sequence[float]) -> Iterator[tuple[Span, float]]:
+    """Spans with their strengths; neighbours of one strength as one."""
+    last: tuple[Span, float] | None = None
+    for span, strength in zip(spans, strengths, strict=True):
+        if last and last[1] == strength and last[0].joins(span):
+            before = last[0]
+            last = Span(before.key, before.first, before.start, span.stop, before.transposed, before.index), strength
+            continue
+        if last:
+            yield last
+        last = span, strength
+    if last:
+        yield last
+
+
+def _with_renaming(path: str, renaming: tuple[str, str]) -> str:
+    strip, add = renaming
+    return add + path.removeprefix(strip)

@@ -1,0 +1,232 @@
+"""Updates: the rows that a module adds to a weight, block by block, float32, on a device."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loratool.core.module import Module
+from loratool.core.tensor import LazyTensor
+from loratool.ops.finite import check_finite
+from loratool.ops.sites import Fixed, Part
+from loratool.ops.stored import blocks_of
+
+NORMS = ("paper", "comfyui")
+"""What a DoRA magnitude is divided by: the norm of W + delta, or per row that of W, as ComfyUI does."""
+
+
+class Adder(Protocol):
+    """Something that is added to the rows of one stored tensor."""
+
+    def add(self, total: Tensor, base: Tensor, row: int) -> None:
+        """Adds to `total`, rows `row:` of the stored tensor, float32, flattened to two dimensions; `base` are the
+        rows before anything was added."""
+
+
+def adder(part: Part | Fixed, device: str, norm: str, work: torch.dtype = torch.float32) -> Adder:
+    """What a part of a site adds, with its factors on `device` in `work`. Raises FormatError for NaN or infinity."""
+    if isinstance(part, Fixed):
+        return _Values(part, device, work)
+    update = update_of(part.module, device, work)
+    if part.module.magnitude is None:
+        return _Sum(part, update)
+    return _Dora(part, update, norm, device, work)
+
+
+# -- updates ----------------------------------------------------------------------------------------------------------
+
+
+class Update(Protocol):
+    """The dense update of a module, in parts."""
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows `start:stop`, all columns; a new tensor."""
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Columns `start:stop`, all rows; a new tensor."""
+
+
+def update_of(module: Module, device: str, work: torch.dtype = torch.float32) -> Update:
+    """The update of a module, scale included, its factors on `device`. Raises FormatError for NaN or infinity."""
+    product = module.product
+    if product.whole and product.core is None and product.right is not None:
+        left, right = _loaded(module, product.left, device, work), _loaded(module, product.right, device, work)
+        return _Pair(left, right, module.scale, product.transposed)
+    for factor in module.factors.values():
+        _loaded(module, factor, device, work)  # checked once, not in every block
+    return _Cut(module, device, work)
+
+
+def _loaded(module: Module, factor: LazyTensor, device: str, work: torch.dtype) -> Tensor:
+    values = factor.load(device).to(work)
+    check_finite(module, values)
+    return values
+
+
+class _Pair:
+    """left @ right times scale: the same operations in the same order as `Family.delta`, so the same bits."""
+
+    def __init__(self, left: Tensor, right: Tensor, scale: float, turned: bool) -> None:
+        self._left, self._right, self._scale, self._turned = left, right, scale, turned
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        if self._turned:
+            return self._times(self._left, self._right[:, start:stop]).T
+        return self._times(self._left[start:stop], self._right)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        if self._turned:
+            return self._times(self._left[start:stop], self._right).T
+        return self._times(self._left, self._right[:, start:stop])
+
+    def _times(self, left: Tensor, right: Tensor) -> Tensor:
+        made = left @ right
+        return made if self._scale == 1 else made.mul_(self._scale)
+
+
+class _Cut:
+    """A family whose update is cut at multiples of its grain, or is made whole where it cannot be cut."""
+
+    def __init__(self, module: Module, device: str, work: torch.dtype) -> None:
+        self._module, self._device, self._work = module, device, work
+        self._grain = module.family.grain(module.shapes)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        height = self._module.shape[0]
+        first, last = (0, height) if not self._grain else (start - start % self._grain, height)
+        if self._grain:
+            last = min(-(-stop // self._grain) * self._grain, height)
+        cut = (first, last) != (0, height)
+        factors = self._module.family.rows(self._module.factors, first, last) if cut else self._module.factors
+        loaded = {role: factor.load(self._device).to(self._work) for role, factor in factors.items()}
+        return self._module.family.delta(loaded, self._module.scale).flatten(1)[start - first : stop - first]
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        return self.rows(0, self._module.shape[0])[:, start:stop]
+
+
+# -- adders -----------------------------------------------------------------------------------------------------------
+
+
+class _Values:
+    """A bias, or a whole tensor that replaces the base's."""
+
+    def __init__(self, fixed: Fixed, device: str, work: torch.dtype) -> None:
+        self._fixed = fixed
+        values = fixed.values.load(device).to(work)
+        self._values = values.reshape(values.shape[0] if values.dim() else 1, -1)
+
+    def add(self, total: Tensor, base: Tensor, row: int) -> None:
+        a, b = max(row, self._fixed.first), min(row + len(total), self._fixed.last)
+        if a >= b:
+            return
+        start = self._fixed.start + a - self._fixed.first
+        values, here = self._values[start : start + b - a], slice(a - row, b - row)
+        if not self._fixed.replaces:
+            total[here] += values * self._fixed.strength
+        elif self._fixed.strength == 1:
+            total[here] = values + (total[here] - base[here])  # where nothing else was added, the very values
+        else:
+            total[here] += (values - base[here]) * self._fixed.strength
+
+
+class _Sum:
+    """strength * delta."""
+
+    def __init__(self, part: Part, update: Update) -> None:
+        self._part, self._update = part, update
+
+    def add(self, total: Tensor, base: Tensor, row: int) -> None:
+        part = self._part
+        found = _block(part, self._update, row, len(total))
+        if found is not None:
+            update, here = found
+            if part.strength != 1:
+                update = update.mul_(part.strength)
+            total[here] += update.T if part.span.transposed else update
+
+
+def _block(part: Part, update: Update, row: int, height: int) -> tuple[Tensor, tuple[slice, slice]] | None:
+    """The part of an update, as (out, in), that falls on stored rows `row:row + height`, and where it goes there."""
+    span = part.span
+    if span.transposed:
+        columns = update.columns(row, row + height)[span.start : span.stop]
+        return columns, (slice(None), slice(part.first, part.last))
+    a, b = max(row, part.first), min(row + height, part.last)
+    if a >= b:
+        return None
+    start = span.start + a - part.first
+    return update.rows(start, start + b - a), (slice(a - row, b - row), slice(None))
+
+
+class _Dora:
+    """strength * (m (W + delta) / norm - W); Liu et al. 2024, arXiv:2402.09353."""
+
+    def __init__(self, part: Part, update: Update, norm: str, device: str, work: torch.dtype) -> None:
+        module = part.module
+        assert module.magnitude is not None
+        self._part, self._update, self._work = part, update, work
+        self._magnitude = _loaded(module, module.magnitude, device, work).flatten()
+        self._of_base = norm == "comfyui" and module.magnitude_per_row
+        # One norm per row of a weight that is stored by rows needs no other rows.
+        alone = module.magnitude_per_row and not part.span.transposed
+        self._norms = None if alone else _norms(part, update, device, work, self._of_base)
+
+    def add(self, total: Tensor, base: Tensor, row: int) -> None:
+        part = self._part
+        found = _block(part, self._update, row, len(total))
+        if found is None:
+            return
+        update, here = found
+        weight = base[here].T if part.span.transposed else base[here]
+        whole = weight + update
+        change = whole * self.gain(part, row, weight, whole) - weight
+        if part.strength != 1:
+            change = change * part.strength
+        total[here] += change.T if part.span.transposed else change
+
+    def gain(self, part: Part, row: int, weight: Tensor, whole: Tensor) -> Tensor:
+        """magnitude / norm of the rows or columns of a block."""
+        span, module = part.span, part.module
+        if self._norms is None:
+            start = span.start + max(row - part.first, 0)
+            magnitude = self._magnitude[start : start + len(whole)]
+            norms = torch.linalg.vector_norm(weight if self._of_base else whole, dim=1)
+            return (magnitude / self._kept(norms)).unsqueeze(1)
+        ratio = self._magnitude / self._kept(self._norms)
+        if module.magnitude_per_row:
+            return ratio[span.start : span.stop].unsqueeze(1)
+        ratio = ratio.repeat_interleave(module.delta_width // len(ratio))
+        return ratio[row : row + whole.shape[1]] if span.transposed else ratio
+
+    def _kept(self, norms: Tensor) -> Tensor:
+        # ComfyUI's guard against rows of zeros.
+        return norms + torch.finfo(torch.float32).eps if self._of_base else norms
+
+
+def _norms(part: Part, update: Update, device: str, work: torch.dtype, of_base: bool) -> Tensor:
+    """The norms that a magnitude is divided by, over all spans of its module, with float64 sums; reads the base."""
+    module = part.module
+    assert module.magnitude is not None
+    out, width = module.shape[0], module.delta_width
+    sums = torch.zeros(out if module.magnitude_per_row else width, dtype=torch.float64, device=device)
+    for span, tensor, scale in part.places:
+        whole = Part(module, 1.0, span, ())
+        for row, block in blocks_of(tensor, scale, device, work):
+            here = _block(whole, update, row, len(block))
+            if here is None:
+                continue
+            values, at = here
+            weight = block[at].T if span.transposed else block[at]
+            squares = (weight if of_base else weight + values).double().square()
+            if module.magnitude_per_row:
+                start = span.start if span.transposed else span.start + max(row - span.first, 0)
+                sums[start : start + len(squares)] += squares.sum(1)
+            else:
+                first = row if span.transposed else 0
+                sums[first : first + squares.shape[1]] += squares.sum(0)
+    if not module.magnitude_per_row:
+        sums = sums.reshape(module.magnitude.numel, -1).sum(1)
+    return sums.sqrt().to(work)
