@@ -17,6 +17,9 @@ from loratool.files.checkpoint import CheckpointFiles, read_checkpoint
 _WRAPPERS = ("model.diffusion_model.", "diffusion_model.")
 _WEIGHT = ".weight"
 
+BACKBONES = ("transformer", "unet", "prior")
+"""Sub-folders with the part of a pipeline that is its own."""
+
 Tensors = Mapping[str, LazyTensor]
 
 
@@ -31,7 +34,7 @@ def architecture_of(path: str | os.PathLike[str]) -> Architecture:
 
 def model_of(checkpoint: CheckpointFiles) -> Architecture:
     """The architecture of a checkpoint that is open; see `architecture_of`."""
-    known = checkpoint_of(checkpoint.keys)
+    known = known_model(checkpoint)
     if known is not None:
         return known
     components: dict[str, Callable[[], Namings]] = {}
@@ -59,6 +62,15 @@ def model_of(checkpoint: CheckpointFiles) -> Architecture:
             "peft": {c: (Voice("", "base"),) for c in components},
         },
     )
+
+
+def known_model(checkpoint: CheckpointFiles) -> Architecture | None:
+    """The model with a table of its own that a checkpoint is of; None for any other.
+
+    In a folder the part tells that only this model has: text encoders are shared by many.
+    """
+    backbone = next((checkpoint.components[name] for name in BACKBONES if name in checkpoint.components), None)
+    return checkpoint_of(checkpoint.keys if backbone is None else backbone)
 
 
 def _maker(naming: Naming) -> Callable[[], Namings]:

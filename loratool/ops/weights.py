@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import TYPE_CHECKING
 
 from loratool.core.adapter import CONFIG, Adapter
 from loratool.core.architecture import Architecture, Voice
 from loratool.core.errors import FormatError, few
-from loratool.core.identify import checkpoint_of
 from loratool.core.module import Module
+from loratool.core.registry import families
 from loratool.core.target import Target
 from loratool.core.tensor import LazyTensor
 from loratool.files.checkpoint import read_checkpoint
+from loratool.ops.base import BACKBONES, known_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, LazyTensor]
 
 _WEIGHT = "weight"
-_BACKBONES = ("transformer", "unet", "prior")
-"""Sub-folders that an adapter without component names is for."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,43 @@ class BaseWeights:
             rows.append(part.float().flatten(1))
         return torch.cat(rows)
 
+    def pieces(self, module: Module, device: str = "cpu") -> Iterator[tuple[Span, Tensor]]:
+        """What `load` puts together, one stretch of rows after the other: `(stop - start, in * kh * kw)`, in the dtype
+        in which it is stored. Raises what `spans` does."""
+        for span in self.spans(module):
+            tensor, height = self.components[module.component][span.key], span.stop - span.start
+            if span.transposed:
+                part = tensor.load(device)[:, span.first : span.first + height].T
+            else:
+                part = tensor.rows(span.first, span.first + height).load(device)
+            yield span, part.reshape(height, -1)
+
+    def shape(self, targets: Sequence[Target]) -> tuple[int, ...] | None:
+        """Shape of the weight that these targets make up in this checkpoint, `(out, in)`, `(out, in, kh, kw)` or
+        `(size,)`, at its width; None if one of them is not there. Raises FormatError for a tensor without values."""
+        rows = [self.find(target) for target in targets]
+        height, width = 0, 1
+        for target, row in zip(targets, rows, strict=True):
+            if row is None:
+                return None
+            if not row.tensor.numel or not row.tensor.shape:
+                raise FormatError(f"is {list(row.tensor.shape)}, expected a weight", file=self.path, key=row.key)
+            size = row.tensor.shape[1 if self._stands_on_end(target.component, row) else 0]
+            height += target.rows * size // row.total if row.total != size else target.rows
+            width = row.tensor.numel // size
+        standard = targets[0].shape
+        if len(standard) < 2:
+            return (height,)
+        kernel = standard[2:]
+        return (height, width // max(prod(kernel), 1), *kernel)
+
+    def _stands_on_end(self, component: str, row: _Row) -> bool:
+        """Whether a weight is stored as (in, out): by the table, or, without one, by its bias."""
+        if row.transposed or not self._by_shape or not self.transposed:
+            return row.transposed
+        bias = self.components[component].get(f"{row.key[: -len(_WEIGHT)]}bias")
+        return bias is not None and len(row.tensor.shape) == 2 and bias.shape == row.tensor.shape[1:]
+
     def _check(self, module: Module, row: _Row, target: Target, height: int, transposed: bool) -> None:
         shape = row.tensor.shape if len(row.tensor.shape) > 1 else (*row.tensor.shape, 1)
         rows = shape[1] if transposed else shape[0]
@@ -184,7 +221,7 @@ def base_weights(path: str | os.PathLike[str], adapter: Adapter) -> BaseWeights:
     Raises FormatError for a checkpoint of another model, or one that lacks a weight that the adapter updates.
     """
     checkpoint = read_checkpoint(path)
-    check_model(str(path), checkpoint_of(checkpoint.keys), adapter.architecture)
+    check_model(str(path), known_model(checkpoint), adapter.architecture)
     found = weights_in(str(path), checkpoint.components, adapter)
     missing = [module.title for module in found.missing(adapter.modules)]
     if missing:
@@ -219,11 +256,51 @@ def weights_in(path: str, parts: Mapping[str, Tensors], adapter: Adapter) -> Bas
     return replace(found, transposed=_square_transposed(found, adapter)) if found._by_shape else found
 
 
+def weights_for(path: str, parts: Mapping[str, Tensors], architecture: Architecture) -> BaseWeights:
+    """All weights of a model with a table, its own or one made of a checkpoint, among `parts` (as for `weights_in`).
+
+    Components that are not there are left out. Of a model whose table was made of another checkpoint, the keys are
+    respelled as there: checkpoints of one model differ in what stands in front of their names.
+    """
+    components = {c: tensors for c in architecture.components if (tensors := _part(parts, c)) is not None}
+    if architecture.id == "generic":
+        components = {c: _respelled(architecture, c, tensors) for c, tensors in components.items()}
+    voices = {c: voice for c in components if (voice := _voice(architecture, c, components[c])) is not None}
+    found = BaseWeights(path, architecture, {c: components[c] for c in voices}, voices)
+    return replace(found, transposed=_stored_on_end(found)) if found._by_shape else found
+
+
+def _respelled(architecture: Architecture, component: str, tensors: Tensors) -> Tensors:
+    """The tensors under the keys of the checkpoint that the table was made of."""
+    (checkpoint,) = architecture.checkpoints
+    prefix, naming = checkpoint.voices[component].prefix, architecture.naming(component, "base")
+    # The name with the most parts first: it is the one that every copy of the model has.
+    targets = sorted((one for (one,) in naming.values()), key=lambda target: -target.path.count("."))
+    strip, add = _renaming((Module((target,), families()["lora"], {}) for target in targets), tensors)
+    if (strip, add) == ("", prefix):
+        return tensors
+    respelled = {prefix + strip + key[len(add) :]: one for key, one in tensors.items() if key.startswith(add)}
+    return {**tensors, **respelled}
+
+
+def _stored_on_end(weights: BaseWeights) -> bool:
+    """Whether a model keeps its weights as (in, out), as GPT-2's Conv1D does: the sizes of its biases tell."""
+    said = set()
+    for component, voice in weights.voices.items():
+        tensors = weights.components[component]
+        for name in weights.architecture.naming(component, voice.naming):
+            weight, bias = (tensors.get(f"{voice.prefix}{name}.{kind}") for kind in (_WEIGHT, "bias"))
+            if weight is None or bias is None or len(weight.shape) != 2 or weight.shape[0] == weight.shape[1]:
+                continue
+            said.add(bias.shape == weight.shape[1:])
+    return said == {True}
+
+
 def _part(parts: Mapping[str, Tensors], component: str) -> Tensors | None:
     if "" in parts:
         return parts[""]
     if component == "model":
-        backbones = [name for name in _BACKBONES if name in parts]
+        backbones = [name for name in BACKBONES if name in parts]
         return parts[backbones[0]] if len(backbones) == 1 else None
     return parts.get(component)
 

@@ -1,0 +1,79 @@
+"""The other files of a folder that is baked into: linked or copied, configs and indices made true."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratool.core.errors import LoratoolError
+from loratool.files.checkpoint import read_index
+from loratool.ops.bake_task import Task
+
+_LINKED = 1 << 20
+"""Files from this size on are linked where that is possible; smaller ones, which people edit, are copied."""
+
+
+_TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+@dataclass(frozen=True)
+class Others:
+    """How many of the other files were linked, and how many copied."""
+
+    linked: int
+    copied: int
+
+
+def bring_others(base: Path, folder: Path, rewritten: Collection[str]) -> Others:
+    """Links or copies every file below `base`, but those rewritten and hidden folders, to the same place in `folder`.
+
+    Large files are linked where that is possible. Raises LoratoolError for what is no regular file.
+    """
+    linked = copied = 0
+    for place, folders, names in os.walk(base, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        at = Path(place).relative_to(base)
+        (folder / at).mkdir(exist_ok=True)
+        for name in sorted(names):
+            if (at / name).as_posix() not in rewritten:
+                was_linked = _bring(base / at / name, folder / at / name)
+                linked, copied = linked + was_linked, copied + (not was_linked)
+    return Others(linked, copied)
+
+
+def _bring(source: Path, target: Path) -> bool:
+    """Whether it was linked."""
+    real = Path(os.path.realpath(source))
+    if not real.is_file():
+        raise LoratoolError("is not a regular file", file=str(source), hint="remove it from the folder")
+    if real.stat().st_size >= _LINKED:
+        try:
+            os.link(real, target)
+            return True
+        except OSError:
+            pass  # another file system, or one without links
+    shutil.copyfile(real, target)
+    return False
+
+
+def restate(folder: Path, task: Task, dtype: str) -> None:
+    """Makes configs say the new dtype, and indices the size of all tensors."""
+    sizes: Counter[str] = Counter()
+    for one in task.files:
+        sizes[one.file.name.rpartition("/")[0]] += one.plan.nbytes
+    for weights in task.checkpoint.sets:
+        if weights.index is not None:
+            index = folder / weights.index
+            data = read_index(index)
+            data["metadata"] = {**(data.get("metadata") or {}), "total_size": sizes[weights.folder]}
+            index.write_text(json.dumps(data, indent=2), encoding="utf-8")
+        config = folder / weights.folder / "config.json"
+        if config.is_file() and dtype in _TORCH_NAMES:
+            data = json.loads(config.read_text(encoding="utf-8"))
+            data |= dict.fromkeys({"dtype", "torch_dtype"} & data.keys(), _TORCH_NAMES[dtype])
+            config.write_text(json.dumps(data, indent=2), encoding="utf-8")
