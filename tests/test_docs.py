@@ -19,6 +19,7 @@ from loratool.cli.info import info as info_command
 from loratool.cli.main import COMMANDS, app, command
 from loratool.core.registry import architectures, families, layouts, methods
 from loratool.ops.approximate import Approximated
+from loratool.ops.bases import add_base, known_bases
 from loratool.ops.blocks import blocks_of
 from loratool.ops.convert_file import convert_file
 from loratool.ops.inputs import Asked
@@ -31,6 +32,7 @@ from loratool.ops.ranks import parse_rule
 from loratool.ops.replay import replay_file
 from loratool.ops.resize_file import resize_file
 from loratool.ops.save import Proof
+from loratool.report import bases as bases_report
 from loratool.report import blocks as blocks_report
 from loratool.report import convert as convert_report
 from loratool.report import info as info_report
@@ -39,6 +41,7 @@ from loratool.report import methods as methods_report
 from loratool.report import replay as replay_report
 from loratool.report import resize as resize_report
 from tests.builders import build, typical_parts, write_file
+from tests.checkpoints import sparse_checkpoint
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -136,6 +139,7 @@ def test_json_fields(file: Path, tmp_path: Path) -> None:
         "outcomes: components": outcome["components"][0],
         "held": outcome["held"],
         **merge_fields(file, tmp_path),
+        **bases_fields(tmp_path / "home"),
     }
     assert sections(DOCS / "json.md") == {name: list(value) for name, value in expected.items()}
 
@@ -156,6 +160,22 @@ def merge_fields(file: Path, tmp_path: Path) -> dict[str, Any]:
         "loratool merge --list-methods --json": methods_report.as_json(list(methods().values()))[0],
         "loratool replay --json": replayed,
         "replay: inputs": replayed["inputs"][0],
+    }
+
+
+def bases_fields(home: Path) -> dict[str, Any]:
+    """The fields of what `bases` tells, by their sections."""
+    folder = home / "ComfyUI/models/checkpoints"
+    model = sparse_checkpoint(folder / "a.safetensors", "sd15", "ldm")
+    (folder / "old.ckpt").write_bytes(b"")
+    listing = bases_report.as_json(known_bases(environ={}, home=home))
+    return {
+        "loratool bases --json": listing,
+        "bases: names": listing["names"][0],
+        "bases: files": listing["files"][0],
+        "bases: places": listing["places"][0],
+        "bases: skipped": listing["skipped"][0],
+        "loratool bases add --json": bases_report.added_as_json(add_base("mine", str(model), environ={}, home=home)),
     }
 
 

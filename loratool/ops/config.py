@@ -1,0 +1,197 @@
+"""Config: the user's own file of names and folders, `~/.config/loratool/config.yaml`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.core.errors import LoratoolError, UsageError
+from loratool.files.atomic import atomic_write
+
+if TYPE_CHECKING:
+    import yaml
+
+KEYS = ("bases", "roots", "loras")
+"""What the file may say: names of base models, install folders of programs, folders of LoRAs."""
+
+_NO_BREAKS = 1 << 16
+_HINT = "see docs/bases.md for an example"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the config file says; empty where there is none. Relative paths in it start at its folder.
+
+    `bases` maps names to checkpoints, `roots` are install folders of programs, `loras` folders of LoRAs. `unknown` are
+    keys that mean nothing to this version.
+    """
+
+    path: Path
+    exists: bool = False
+    bases: Mapping[str, Path] = field(default_factory=dict)
+    roots: tuple[Path, ...] = ()
+    loras: tuple[Path, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+
+def config_path(environ: Mapping[str, str], home: Path) -> Path:
+    """Where the config file is, or would be: LORATOOL_CONFIG, else below XDG_CONFIG_HOME or `~/.config`."""
+    if named := environ.get("LORATOOL_CONFIG"):
+        return absolute(named, home)
+    folder = environ.get("XDG_CONFIG_HOME")
+    return (absolute(folder, home) if folder else home / ".config") / "loratool" / "config.yaml"
+
+
+def absolute(text: str, home: Path, beside: Path | None = None) -> Path:
+    """A path as a user writes it: `~` is the home folder, a relative one starts at `beside` or the current folder."""
+    if text == "~" or text.startswith(("~/", "~\\")):
+        return home / text[2:]
+    return Path(os.path.abspath(text)) if beside is None else Path(os.path.normpath(beside / text))
+
+
+def read_config(environ: Mapping[str, str], home: Path) -> Config:
+    """The config. Raises UsageError, with file and line, for what is no YAML and for entries of the wrong kind."""
+    path = config_path(environ, home)
+    text = _text(path)
+    if text is None:
+        return Config(path)
+    root = _root(text, path)
+    entries = dict(_pairs(root, path)) if root is not None else {}
+    bases = dict(_pairs(entries["bases"], path)) if "bases" in entries else {}
+    return Config(
+        path,
+        True,
+        {name: absolute(_scalar(node, path, name), home, path.parent) for name, node in bases.items()},
+        tuple(_folders(entries.get("roots"), "roots", path, home)),
+        tuple(_folders(entries.get("loras"), "loras", path, home)),
+        tuple(key for key in entries if key not in KEYS),
+    )
+
+
+def write_base(config: Config, name: str, target: Path) -> None:
+    """Says in the config file that `name` is `target`; everything else in it stays. Creates the file and its folder."""
+    text = _text(config.path) or ""
+    place = Path(os.path.realpath(config.path))  # a link (to a user's collection of dot files) stays one
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LoratoolError(f"its folder cannot be made: {error.strerror}", file=str(config.path)) from error
+    with atomic_write(place, overwrite=True) as temporary:
+        temporary.write_text(_with_base(text, config.path, name, str(target)), encoding="utf-8")
+
+
+def _with_base(text: str, path: Path, name: str, target: str) -> str:
+    """The file's text with the entry. Comments and order are kept where the text can be edited in place."""
+    import yaml
+
+    data: dict[str, Any] = yaml.safe_load(text) or {}
+    wanted = {**data, "bases": {**(data.get("bases") or {}), name: target}}
+    edited = _edited(text, _root(text, path), name, target)
+    try:
+        if edited is not None and yaml.safe_load(edited) == wanted:
+            return edited
+    except yaml.YAMLError:
+        pass  # a spelling that cannot be edited line by line
+    dumped: str = yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True)
+    return dumped
+
+
+def _edited(text: str, root: yaml.Node | None, name: str, target: str) -> str | None:
+    """`text` with the entry put into its lines; None where it has no such lines."""
+    import yaml
+
+    value = yaml.safe_dump(target, allow_unicode=True, width=_NO_BREAKS).removesuffix("...\n").strip()
+    entry = yaml.safe_dump({name: target}, allow_unicode=True, width=_NO_BREAKS)
+    pairs = {key.value: (key, node) for key, node in root.value} if isinstance(root, yaml.MappingNode) else {}
+    if "bases" not in pairs:
+        return f"{text.rstrip()}\nbases:\n  {entry}".lstrip("\n")
+    key, bases = pairs["bases"]
+    if _empty(bases):
+        return _put(text, text.index(":", key.end_mark.index) + 1, f"\n  {entry.rstrip()}")
+    if bases.flow_style:
+        return None
+    old = next((node for known, node in bases.value if known.value == name), None)
+    if old is not None:
+        return _put(text, old.start_mark.index, value, old.end_mark.index)
+    first = bases.value[0][0].start_mark
+    return _put(text, first.index, entry + " " * first.column)
+
+
+def _put(text: str, start: int, new: str, stop: int | None = None) -> str:
+    return text[:start] + new + text[start if stop is None else stop :]
+
+
+# -- reading: nodes, not values, because they know their lines -------------------------------------------------------
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror}", file=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise UsageError("is not UTF-8 text", file=str(path), hint=_HINT) from error
+
+
+def _root(text: str, path: Path) -> yaml.Node | None:
+    import yaml
+
+    try:
+        root: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark is not None else ""
+        problem = getattr(error, "problem", None) or "it is no text of that kind"
+        raise UsageError(f"{line}is no YAML: {problem}", file=str(path), hint="correct the line") from error
+    return root
+
+
+def _pairs(node: yaml.Node, path: Path) -> Iterator[tuple[str, yaml.Node]]:
+    """The entries of a mapping; none where nothing stands behind the colon."""
+    import yaml
+
+    if _empty(node):
+        return
+    if not isinstance(node, yaml.MappingNode):
+        raise _wrong(node, path, "expected entries of the form `name: ...`")
+    seen: set[str] = set()
+    for key, value in node.value:
+        if not isinstance(key.value, str) or not key.value:
+            raise _wrong(key, path, "a name is one text")
+        if key.value in seen:
+            raise _wrong(key, path, "stands twice", key.value)
+        seen.add(key.value)
+        yield key.value, value
+
+
+def _folders(node: yaml.Node | None, name: str, path: Path, home: Path) -> Iterator[Path]:
+    """The folders of a list; one text is a list of one."""
+    import yaml
+
+    if node is None or _empty(node):
+        return
+    items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    for item in items:
+        yield absolute(_scalar(item, path, name), home, path.parent)
+
+
+def _scalar(node: yaml.Node, path: Path, name: str) -> str:
+    import yaml
+
+    if not isinstance(node, yaml.ScalarNode) or _empty(node) or "\0" in node.value:
+        raise _wrong(node, path, "expected a path", name)
+    text: str = node.value
+    return text
+
+
+def _empty(node: yaml.Node) -> bool:
+    return node.tag == "tag:yaml.org,2002:null" or node.value == ""
+
+
+def _wrong(node: yaml.Node, path: Path, message: str, key: str | None = None) -> UsageError:
+    return UsageError(f"line {node.start_mark.line + 1}: {message}", file=str(path), key=key, hint=_HINT)
