@@ -34,6 +34,18 @@ def device_named(text: str) -> str:
     return name
 
 
+def devices_named(text: str) -> list[str]:
+    """torch's names of one or several devices, as in `cuda:0,cuda:1`; see `device_named`.
+
+    Raises UsageError for one that is named twice, and for the CPU beside a GPU.
+    """
+    found = [device_named(part) for part in text.split(",")]
+    numbered = ["cuda:0" if name == "cuda" else name for name in found]
+    if len(set(numbered)) < len(numbered) or (len(found) > 1 and "cpu" in found):
+        raise UsageError(f"--device {text}: expected different GPUs", hint="write cuda:0,cuda:1, or cpu alone")
+    return found
+
+
 def _may_have_gpu() -> bool:
     """Whether it is worth asking torch, whose import takes longer than most of what is computed here."""
     return not sys.platform.startswith("linux") or any(Path(place).exists() for place in _DRIVERS)
