@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +16,9 @@ from loratool.core.errors import UsageError
 from loratool.files.atomic import atomic_folder, atomic_write, check_room
 from loratool.files.bundle import check_output
 from loratool.files.checkpoint import WeightFile
-from loratool.files.stream import Copy, Output, stretch
+from loratool.files.stream import Output
 from loratool.ops import recipe
+from loratool.ops.bake_copy import Copier
 from loratool.ops.bake_folder import Others, bring_others, restate
 from loratool.ops.bake_report import BakeReport, bake_report
 from loratool.ops.bake_task import FileTask, Options, Task, prepared, record, with_record
@@ -26,12 +26,10 @@ from loratool.ops.inputs import Asked
 
 if TYPE_CHECKING:
     from loratool.ops.bake_check import Checked
-    from loratool.ops.baking import Destination, How, Survival
+    from loratool.ops.baking import Destination, How
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total): bytes while writing and verifying, tensors otherwise."""
-
-_COPIERS = 2
 
 
 def bake_file(
@@ -118,18 +116,23 @@ class _Bake:
             for one in self._task.files:
                 head = len(one.plan.header(self._header(one, digests)))
                 outputs[one.file] = stack.enter_context(Output(places[one.file], head, one.plan))
-            with self._copying(outputs) as copied:
+            total = sum(one.plan.nbytes for one in self._task.files)
+            tick = _Ticker(self._told, "writing", total)
+            untouched = sum(what.nbytes for one in self._task.files for what in one.copies)
+            compared = _Ticker(self._told, "comparing", untouched)
+            with Copier(self._task.files, outputs, self._options.verify, tick, compared) as copier:
                 # Imported while bytes are copied: torch takes a second or two to begin.
                 from loratool.ops import baking
 
                 destinations = {one.file: baking.Destination(outputs[one.file], one.plan) for one in self._task.files}
                 how = baking.How(self._options.rounding, self._options.seed, self._options.dora_norm)
-                survivals = self._baked(destinations, how)
-                copied()
+                bakery = baking.Bakery(destinations, self._options.devices, how, tick)
+                survivals = bakery.run(self._task.found.sites)
+                copier.wait()
             digests = self._hashes()
             for one in self._task.files:
                 outputs[one.file].finish(one.plan.header(self._header(one, digests)))
-            checked = self._checked(destinations, how) if self._options.verify else None
+            checked = self._checked(destinations, how, copier.compared) if self._options.verify else None
         report = bake_report(self._task, self._asked, digests, self._options, survivals, 0, self._started)
         return replace(
             report, output=str(self._output), checked=checked, linked=self._others.linked, copied=self._others.copied
@@ -139,53 +142,13 @@ class _Bake:
         told = record(self._asked, digests, self._task.checkpoint.path, self._options)
         return with_record(one.metadata, told)
 
-    @contextmanager
-    def _copying(self, outputs: Mapping[WeightFile, Output]) -> Iterator[Callable[[], None]]:
-        """Copies untouched bytes in the background; the function that is given waits for them."""
-        total = sum(one.plan.nbytes for one in self._task.files)
-        self._tick = _Ticker(self._told, "writing", total)
-        buffers = threading.local()
-
-        def copy(one: FileTask, what: Copy) -> None:
-            if not hasattr(buffers, "one"):
-                buffers.one = bytearray(1 << 20)
-            source = stretch(next(iter(one.file.header.tensors.values())))
-            outputs[one.file].copy(source, what, buffers.one)
-            self._tick(what.nbytes)
-
-        with ThreadPoolExecutor(_COPIERS, "loratool-copy") as pool:
-            futures: list[Future[None]] = [
-                pool.submit(copy, one, part)
-                for one in self._task.files
-                for what in one.copies
-                for part in what.parts(32 << 20)
-            ]
-            try:
-                yield lambda: _wait(futures)
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-    def _baked(self, destinations: Mapping[WeightFile, Destination], how: How) -> list[Survival]:
-        from loratool.ops import baking
-
-        bakery = baking.Bakery(destinations, self._options.devices, how, self._tick)
-        return bakery.run(self._task.found.sites)
-
-    def _checked(self, destinations: Mapping[WeightFile, Destination], how: How) -> Checked:
+    def _checked(self, destinations: Mapping[WeightFile, Destination], how: How, compared: int) -> Checked:
         from loratool.ops import bake_check
 
-        untouched = {one.file: one.copies for one in self._task.files}
-        total = sum(what.nbytes for found in untouched.values() for what in found)
-        nbytes = bake_check.check_copies(untouched, destinations, _Ticker(self._told, "comparing", total))
         sites = self._task.found.sites
         tick = _Ticker(self._told, "verifying", len(sites))
         rows, worst = bake_check.check_rows(sites, destinations, how, tick)
-        return bake_check.Checked(nbytes, len(sites), rows, worst)
-
-
-def _wait(futures: Sequence[Future[None]]) -> None:
-    for future in futures:
-        future.result()
+        return bake_check.Checked(compared, len(sites), rows, worst)
 
 
 class _Ticker:

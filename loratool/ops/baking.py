@@ -19,7 +19,7 @@ from loratool.files.stream import Output, Plan, stretch
 from loratool.ops.pool import each, threads
 from loratool.ops.rounding import FP8, fresh_scale, rounded, uniform
 from loratool.ops.sites import Site
-from loratool.ops.stored import byte_range, dequantised, part_of, row_blocks, scale_column, size_of
+from loratool.ops.stored import byte_range, part_of, row_blocks, scale_column, size_of
 from loratool.ops.updates import Adder, adder
 
 CPU_BLOCK, GPU_BLOCK = 512 << 10, 8 << 20
@@ -126,22 +126,20 @@ class Bakery:
         desk = self._desk(job.device)
         with desk.context():
             site, to = job.site, self.destinations[job.site.file]
-            adders = [adder(part, job.device, self.how.norm) for part in site.parts]
+            adders = [adder(part, job.device, self.how.norm, room=desk.matrix) for part in site.parts]
             old = None if site.scale is None else scale_column(site.scale, job.device)
             scale = self._scale(job, desk, adders, old)
             survival = _Sums(job.device)
             for start, stop in job.ranges:
+                here = None if scale is None else part_of(scale, start, stop - start)
                 stored = desk.read(site.tensor, start, stop)
-                base = dequantised(stored, old, start)
-                total = _total(base, adders, start)
-                written = self._rounded(
-                    job, total, None if scale is None else part_of(scale, start, stop - start), start
-                )
-                after = written.float() if scale is None else written.float() * part_of(scale, start, stop - start)
-                if site.parts:
-                    survival.add(total - base, after - base)  # not in place: float32 is written as it is
+                base, total = self._added(desk, stored, old, adders, start)
+                written = self._rounded(job, desk, total, here, start)
                 if self.recorder is not None:
                     self.recorder.block(site, start, stored, written, scale)
+                if site.parts:
+                    after = desk.room("after", total.shape).copy_(written)
+                    survival.add(total.sub_(base), (after if here is None else after.mul_(here)).sub_(base))
                 desk.write(written, to, site.key, start)
                 self.tick(written.numel() * written.element_size())
             self._write_scale(site, to, scale, job.device)
@@ -156,7 +154,7 @@ class Bakery:
             return torch.ones_like(old)
         peaks = torch.zeros_like(old)
         for start, stop in job.ranges:
-            total = _total(dequantised(desk.read(site.tensor, start, stop), old, start), adders, start)
+            _, total = self._added(desk, desk.read(site.tensor, start, stop), old, adders, start)
             if len(old) == 1:
                 peaks = torch.maximum(peaks, total.abs().max())
             else:
@@ -171,14 +169,28 @@ class Bakery:
         to.output.write(made.read(), to.plan.start(site.scale_key))
         self.tick(made.nbytes)
 
-    def _rounded(self, job: _Job, total: Tensor, scale: Tensor | None, row: int) -> Tensor:
-        values = total if scale is None else total / scale
+    def _added(
+        self, desk: _Desk, stored: Tensor, scale: Tensor | None, adders: Sequence[Adder], row: int
+    ) -> tuple[Tensor, Tensor]:
+        """The base and base + everything that is added, float32, in the order of the adapters."""
+        base = desk.room("base", stored.shape).copy_(stored)
+        if scale is not None:
+            base.mul_(part_of(scale, row, len(stored)))
+        total = desk.room("total", stored.shape).copy_(base)
+        for one in adders:
+            one.add(total, base, row)
+        return base, total
+
+    def _rounded(self, job: _Job, desk: _Desk, total: Tensor, scale: Tensor | None, row: int) -> Tensor:
+        site = job.site
+        if self.how.rounding == "nearest" and site.dtype not in FP8:
+            return desk.room("written", total.shape, torch_dtype(site.dtype)).copy_(total)
         noise = None
-        if self.how.rounding == "stochastic" and job.site.parts:
+        if self.how.rounding == "stochastic" and site.parts:
             columns = total.shape[1]
-            seed = hash_of(f"{self.how.seed} {job.site.file.name} {job.site.key}")
+            seed = hash_of(f"{self.how.seed} {site.file.name} {site.key}")
             noise = uniform((len(total), columns), row * columns, seed, total.device)
-        return rounded(values, job.site.dtype, noise)
+        return rounded(total if scale is None else total / scale, site.dtype, noise)
 
     def _desk(self, device: str) -> _Desk:
         desks: dict[str, _Desk] = self._local.__dict__.setdefault("desks", {})
@@ -197,14 +209,6 @@ def hash_of(text: str) -> int:
 def _bytes_in(job: _Job) -> int:
     rows, _ = size_of(job.site.tensor)
     return sum(stop - start for start, stop in job.ranges) * job.site.nbytes // max(rows, 1)
-
-
-def _total(base: Tensor, adders: Sequence[Adder], row: int) -> Tensor:
-    """base + everything that is added, float32, in the order of the adapters; a new tensor."""
-    total = base.clone()
-    for one in adders:
-        one.add(total, base, row)
-    return total
 
 
 class _Sums:
@@ -237,6 +241,7 @@ class _Desk:
     def __init__(self, device: str) -> None:
         self.device = device
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._rooms: dict[str, Tensor] = {}
         self._stream: Any = None if device == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def context(self) -> AbstractContextManager[object]:
@@ -265,6 +270,17 @@ class _Desk:
         columns = rows.numel() // max(len(rows), 1)
         at = start * columns * DTYPES[to.plan.entries[key][0]] // 8
         to.output.write(flat.numpy().data, to.plan.start(key) + at)
+
+    def room(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory on the device, the same for a name each time: new memory would cost more than computing in it."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if name not in self._rooms or self._rooms[name].numel() < nbytes:
+            self._rooms[name] = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        return self._rooms[name][:nbytes].view(dtype).view(*shape)
+
+    def matrix(self, shape: tuple[int, int]) -> Tensor:
+        """Room for an update."""
+        return self.room("update", shape)
 
     def _room(self, nbytes: int) -> Tensor:
         if self._buffer.numel() < nbytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -25,11 +26,20 @@ class Adder(Protocol):
         rows before anything was added."""
 
 
-def adder(part: Part | Fixed, device: str, norm: str, work: torch.dtype = torch.float32) -> Adder:
-    """What a part of a site adds, with its factors on `device` in `work`. Raises FormatError for NaN or infinity."""
+Room = Callable[[tuple[int, int]], Tensor]
+"""Gives memory for a matrix of that shape, the same each time: taking new memory costs more than computing in it."""
+
+
+def adder(
+    part: Part | Fixed, device: str, norm: str, work: torch.dtype = torch.float32, room: Room | None = None
+) -> Adder:
+    """What a part of a site adds, with its factors on `device` in `work`. Raises FormatError for NaN or infinity.
+
+    Products are made in `room`, if there is one: it must be free whenever `add` is called.
+    """
     if isinstance(part, Fixed):
         return _Values(part, device, work)
-    update = update_of(part.module, device, work)
+    update = update_of(part.module, device, work, room)
     if part.module.magnitude is None:
         return _Sum(part, update)
     return _Dora(part, update, norm, device, work)
@@ -39,21 +49,21 @@ def adder(part: Part | Fixed, device: str, norm: str, work: torch.dtype = torch.
 
 
 class Update(Protocol):
-    """The dense update of a module, in parts."""
+    """The dense update of a module, in parts. What is given may be written to, and holds until the next call."""
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows `start:stop`, all columns; a new tensor."""
+        """Rows `start:stop`, all columns."""
 
     def columns(self, start: int, stop: int) -> Tensor:
-        """Columns `start:stop`, all rows; a new tensor."""
+        """Columns `start:stop`, all rows."""
 
 
-def update_of(module: Module, device: str, work: torch.dtype = torch.float32) -> Update:
+def update_of(module: Module, device: str, work: torch.dtype = torch.float32, room: Room | None = None) -> Update:
     """The update of a module, scale included, its factors on `device`. Raises FormatError for NaN or infinity."""
     product = module.product
     if product.whole and product.core is None and product.right is not None:
         left, right = _loaded(module, product.left, device, work), _loaded(module, product.right, device, work)
-        return _Pair(left, right, module.scale, product.transposed)
+        return _Pair(left, right, module.scale, product.transposed, room)
     for factor in module.factors.values():
         _loaded(module, factor, device, work)  # checked once, not in every block
     return _Cut(module, device, work)
@@ -68,8 +78,9 @@ def _loaded(module: Module, factor: LazyTensor, device: str, work: torch.dtype) 
 class _Pair:
     """left @ right times scale: the same operations in the same order as `Family.delta`, so the same bits."""
 
-    def __init__(self, left: Tensor, right: Tensor, scale: float, turned: bool) -> None:
+    def __init__(self, left: Tensor, right: Tensor, scale: float, turned: bool, room: Room | None) -> None:
         self._left, self._right, self._scale, self._turned = left, right, scale, turned
+        self._room = room
 
     def rows(self, start: int, stop: int) -> Tensor:
         if self._turned:
@@ -82,7 +93,9 @@ class _Pair:
         return self._times(self._left, self._right[:, start:stop])
 
     def _times(self, left: Tensor, right: Tensor) -> Tensor:
-        made = left @ right
+        made = (
+            left @ right if self._room is None else torch.mm(left, right, out=self._room((len(left), right.shape[1])))
+        )
         return made if self._scale == 1 else made.mul_(self._scale)
 
 
