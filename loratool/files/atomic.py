@@ -90,17 +90,21 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
 
 def _swap(temporary: Path, target: Path) -> None:
     """Gives a folder its name. What had it goes last: a run that is killed between leaves one of the two whole."""
-    if not target.exists() or not any(target.iterdir()):
+    link = target.is_symlink()  # replaced, not followed
+    if not link and (not target.exists() or not any(target.iterdir())):
         os.replace(temporary, target)
         return
     old = _temporary_name(target)
     os.rename(target, old)
     try:
         os.rename(temporary, target)
-    except OSError:
+    except BaseException:  # KeyboardInterrupt included
         os.rename(old, target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    if link:
+        old.unlink()
+    else:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def check_room(folder: Path, nbytes: int) -> None:

@@ -17,6 +17,9 @@ from loratool.files.bundle import PICKLES
 from loratool.files.safetensors import Header, read_header
 
 WEIGHTS = ".safetensors"
+PIPELINE = "model_index.json"
+"""What says that a folder is a pipeline of diffusers, with one sub-folder per component."""
+
 MAX_INDEX = 64 << 20
 """An index names every tensor of a model: more than 64 MiB of it is refused."""
 
@@ -99,10 +102,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> CheckpointFiles:
             raise FormatError("does not exist", hint="name a checkpoint file or a model's folder")
         if not place.is_dir():
             return CheckpointFiles(str(path), False, (WeightSet("", (_file(place, ""),)),))
-        sets = tuple(_sets(place, ""))
-        if not sets:
-            folders = sorted(sub for sub in place.iterdir() if sub.is_dir() and not sub.name.startswith("."))
-            sets = tuple(found for sub in folders for found in _sets(sub, sub.name))
+        # A pipeline may have the single file that other programs load beside its components: those are the model.
+        sets = tuple(_components(place)) if (place / PIPELINE).is_file() else ()
+        sets = sets or tuple(_sets(place, "")) or tuple(_components(place))
     except LoratoolError as error:
         raise error.with_file(str(path)) from error.__cause__
     except OSError as error:
@@ -116,6 +118,11 @@ def _advice(place: Path) -> str:
     if any(file.suffix in PICKLES for file in (*place.glob("*"), *place.glob("*/*"))):
         return "it holds pickles (.bin, .ckpt), which are not read: save it as safetensors"
     return "name a checkpoint file or a model's folder"
+
+
+def _components(place: Path) -> Iterator[WeightSet]:
+    for sub in sorted(sub for sub in place.iterdir() if sub.is_dir() and not sub.name.startswith(".")):
+        yield from _sets(sub, sub.name)
 
 
 def _file(path: Path, name: str) -> WeightFile:

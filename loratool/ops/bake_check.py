@@ -14,6 +14,7 @@ from loratool.core.tensor import DTYPES, torch_dtype
 from loratool.files.checkpoint import WeightFile
 from loratool.ops.baking import Destination, How
 from loratool.ops.pool import each
+from loratool.ops.rounding import FP8, largest
 from loratool.ops.sites import Site
 from loratool.ops.stored import dequantised, size_of, weight_rows
 from loratool.ops.updates import adder
@@ -52,7 +53,7 @@ def check_rows(
     chance = random.Random()
 
     def look(site: Site) -> tuple[int, float]:
-        rows, _ = size_of(site.tensor)
+        rows = size_of(site.tensor)[0] if site.tensor.numel else 0
         chosen = sorted(chance.sample(range(rows), min(ROWS, rows)))
         found = max((_off(site, destinations[site.file], how, row) for row in chosen), default=0.0)
         tick(1)
@@ -69,7 +70,9 @@ def _off(site: Site, to: Destination, how: How, row: int) -> float:
         adder(part, "cpu", how.norm, torch.float64).add(exact, base, row)
     stored, scale = _written(site, to, row)
     found = dequantised(stored, scale, 0, torch.float64)
-    unit = 1.0 if scale is None else scale.double()
+    unit = torch.ones(1, dtype=torch.float64) if scale is None else scale.double()
+    if site.dtype in FP8:  # what is larger becomes the largest number
+        exact = exact.clamp(-largest(site.dtype) * unit, largest(site.dtype) * unit)
     ulp = _ulp(exact / unit, site.dtype) * unit
     slack = _WORK * float((base.abs() + (exact - base).abs()).max())
     limit = (1.0 if how.rounding == "stochastic" else 0.5) * ulp + slack

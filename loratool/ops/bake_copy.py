@@ -31,9 +31,10 @@ class Copier:
         self._buffers = threading.local()
         self._pool = ThreadPoolExecutor(COPIERS, "loratool-copy")
         parts = [(one.file, part) for one in files for what in one.copies for part in what.parts(_PART)]
-        self._futures: list[Future[None]] = [self._pool.submit(self._copy, *part) for part in parts]
-        # Behind all copies, so that every byte of the output is written when it is looked at again.
-        self._futures += [self._pool.submit(self._compare, *part) for part in parts if verify]
+        copied: list[Future[None]] = [self._pool.submit(self._copy, *part) for part in parts]
+        # Behind all copies: a comparison only ever waits for a copy that has begun.
+        checks = zip(copied, parts, strict=True) if verify else ()
+        self._futures = [*copied, *(self._pool.submit(self._compare, done, *part) for done, part in checks)]
         self.compared = sum(part.nbytes for _, part in parts) if verify else 0
 
     def __enter__(self) -> Copier:
@@ -60,7 +61,8 @@ class Copier:
         self._outputs[file].copy(source, what, self._pair()[0])
         self._tick(what.nbytes)
 
-    def _compare(self, file: WeightFile, what: Copy) -> None:
+    def _compare(self, copied: Future[None], file: WeightFile, what: Copy) -> None:
+        copied.result()
         source = stretch(next(iter(file.header.tensors.values())))
         self._outputs[file].check(source, what, self._pair())
         self._compared(what.nbytes)

@@ -14,7 +14,7 @@ from loratool.core.adapter import Adapter
 from loratool.core.architecture import Architecture
 from loratool.core.errors import FormatError, LoratoolError, few
 from loratool.files.bundle import PICKLES
-from loratool.files.checkpoint import CheckpointFiles, WeightFile, read_checkpoint
+from loratool.files.checkpoint import WEIGHTS, CheckpointFiles, WeightFile, read_checkpoint
 from loratool.files.stream import Copy, Plan, copies, plan_like
 from loratool.ops import recipe
 from loratool.ops.base import known_model, model_of
@@ -73,6 +73,8 @@ def prepared(
     found = find_sites(checkpoint, inputs, options.dtype)
     if found.unmatched and not options.allow_unmatched:
         raise _unmatched(found.unmatched, checkpoint.path)
+    if not found.sites and not asked:
+        raise FormatError(f"nothing to cast: all of it is {options.dtype} already", file=checkpoint.path)
     if not found.sites:
         raise FormatError(
             "nothing of the adapters has a place in it",
@@ -137,6 +139,10 @@ def _notes(checkpoint: CheckpointFiles, sites: Sequence[Site]) -> Iterator[str]:
         pickles = [p.name for p in sorted(Path(checkpoint.path, folder).iterdir()) if p.suffix in PICKLES]
         if pickles:
             yield f"{folder or '.'}: {few(pickles)} still hold the old weights"
+    if all(weights.folder for weights in checkpoint.sets):
+        beside = [p.name for p in sorted(Path(checkpoint.path).iterdir()) if p.suffix in (WEIGHTS, *PICKLES)]
+        if beside:
+            yield f"{few(beside)} beside the components stay as they are"
 
 
 def record(asked: Sequence[Asked], digests: Sequence[str], base: str, options: Options) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from loratool.core.tensor import DTYPES, LazyTensor, torch_dtype
 from loratool.files.checkpoint import WeightFile
 from loratool.files.stream import Output, Plan, stretch
 from loratool.ops.pool import each, threads
-from loratool.ops.rounding import FP8, fresh_scale, rounded, uniform
+from loratool.ops.rounding import FP8, WIDE, fresh_scale, rounded, uniform
 from loratool.ops.sites import Site
 from loratool.ops.stored import byte_range, part_of, row_blocks, scale_column, size_of
 from loratool.ops.updates import Adder, adder
@@ -109,7 +109,7 @@ class Bakery:
         for index, site in enumerate(sites):
             ranges = row_blocks(site.tensor, GPU_BLOCK if self.devices[0] != "cpu" else CPU_BLOCK)
             whole = site.scale is not None or site.tensor.nbytes <= JOB
-            size = len(ranges) if whole else max(1, JOB * len(ranges) // site.tensor.nbytes)
+            size = max(1, len(ranges) if whole else JOB * len(ranges) // site.tensor.nbytes)
             for at in range(0, len(ranges), size):
                 jobs.append(_Job(site, index, tuple(ranges[at : at + size]), self.devices[0]))
         if len(self.devices) == 1:
@@ -140,6 +140,8 @@ class Bakery:
                 if site.parts:
                     after = desk.room("after", total.shape).copy_(written)
                     survival.add(total.sub_(base), (after if here is None else after.mul_(here)).sub_(base))
+                else:
+                    survival.cast(base, written)
                 desk.write(written, to, site.key, start)
                 self.tick(written.numel() * written.element_size())
             self._write_scale(site, to, scale, job.device)
@@ -183,10 +185,11 @@ class Bakery:
 
     def _rounded(self, job: _Job, desk: _Desk, total: Tensor, scale: Tensor | None, row: int) -> Tensor:
         site = job.site
-        if self.how.rounding == "nearest" and site.dtype not in FP8:
+        by_chance = self.how.rounding == "stochastic" and bool(site.parts) and site.dtype not in WIDE
+        if not by_chance and site.dtype not in FP8:
             return desk.room("written", total.shape, torch_dtype(site.dtype)).copy_(total)
         noise = None
-        if self.how.rounding == "stochastic" and site.parts:
+        if by_chance:
             columns = total.shape[1]
             seed = hash_of(f"{self.how.seed} {site.file.name} {site.key}")
             noise = uniform((len(total), columns), row * columns, seed, total.device)
@@ -222,6 +225,11 @@ class _Sums:
         flat = update.reshape(-1)
         self._along += torch.dot(change.reshape(-1), flat)
         self._square += torch.dot(flat, flat)
+
+    def cast(self, before: Tensor, after: Tensor) -> None:
+        """Where nothing is added: infinite only where a number became infinite."""
+        if after.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):  # which end at their largest number
+            self._square += torch.where((after.isinf() & before.isfinite()).any(), math.inf, 0.0)
 
     def result(self, site: Site) -> Survival:
         found = Survival(float(self._along), float(self._square))

@@ -8,6 +8,8 @@ from torch import Tensor
 from loratool.core.tensor import torch_dtype
 
 FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
+WIDE = frozenset({"F32", "F64"})
+"""dtypes that hold what is computed: nothing is rounded."""
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MIX, _MASK = -7046029254386353131, (1 << 33) - 1
@@ -23,7 +25,7 @@ def rounded(values: Tensor, dtype: str, noise: Tensor | None = None) -> Tensor:
     if dtype in FP8:
         values = values.clamp(-largest(dtype), largest(dtype))  # beyond, the cast gives NaN
     near = values.to(kind)
-    if noise is None or kind in (torch.float32, torch.float64):
+    if noise is None or dtype in WIDE:
         return near
     off = values - near.float()
     other = _neighbour(near, off > 0)

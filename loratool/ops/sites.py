@@ -21,6 +21,7 @@ SCALED = frozenset({"F8_E4M3", "F8_E5M2"})
 """dtypes whose tensors may have a scale beside them."""
 
 _SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
+_OF_INPUTS = (".scale_input", ".input_scale")
 _NEAR = 3
 
 
@@ -233,7 +234,7 @@ class _Finder:
 
     def _stored_as(self, key: str, tensor: LazyTensor, scales: set[str | None]) -> str:
         """The dtype of a tensor in the output: scales stay what they are, and vectors do not become fp8."""
-        if self._dtype is None or tensor.dtype not in FLOATS or key in scales:
+        if self._dtype is None or tensor.dtype not in FLOATS or key in scales or key.endswith(_OF_INPUTS):
             return tensor.dtype
         return tensor.dtype if self._dtype in SCALED and len(tensor.shape) < 2 else self._dtype
 

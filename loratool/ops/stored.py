@@ -22,7 +22,9 @@ def size_of(tensor: LazyTensor) -> tuple[int, int]:
 
 def row_blocks(tensor: LazyTensor, nbytes: int, start: int = 0, stop: int | None = None) -> list[tuple[int, int]]:
     """Ranges of rows of about so many stored bytes. None has a single row if it can be helped: products of a vector
-    and a matrix are computed in another order, with other roundings."""
+    and a matrix are computed in another order, with other roundings. No ranges of a tensor without values."""
+    if not tensor.numel:
+        return []
     rows, _ = size_of(tensor)
     stop = rows if stop is None else stop
     step = max(2, nbytes * rows // max(tensor.nbytes, 1))

@@ -1,0 +1,211 @@
+"""stream: a plan keeps every order, and a copy is the same bytes, or an error."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from loratool.core.errors import FormatError, LoratoolError
+from loratool.core.tensor import LazyTensor
+from loratool.files.safetensors import Header, read_header
+from loratool.files.stream import Copy, Output, Plan, copies, in_data_order, plan_like, stretch
+
+Entry = tuple[str, tuple[int, ...], int, int]
+
+
+def handmade(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None) -> Header:
+    """A file whose header has this order, whatever the offsets (dtype, shape, start, stop) say; data are counted."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata is not None else {}
+    header |= {
+        key: {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+        for key, (dtype, shape, start, stop) in entries.items()
+    }
+    text = json.dumps(header).encode()
+    size = max(stop for _, _, _, stop in entries.values())
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(i * 7 % 251 for i in range(size)))
+    return read_header(path)
+
+
+# The header's order is that of nobody: not by name, not by place.
+MIXED: Mapping[str, Entry] = {
+    "m": ("F16", (4,), 16, 24),
+    "z": ("F32", (2, 2), 0, 16),
+    "a": ("BF16", (3, 2), 32, 44),
+    "k": ("I64", (1,), 24, 32),
+    "b": ("F8_E4M3", (4,), 44, 48),
+}
+
+
+def written(path: Path, header: Header, plan: Plan, others: frozenset[str], metadata: Mapping[str, str]) -> Path:
+    """A copy, its header written last."""
+    path.touch()
+    head = plan.header(metadata)
+    source = stretch(next(iter(header.tensors.values())))
+    with Output(path, len(head), plan) as output:
+        for what in reversed(copies(header, plan, others)):
+            output.copy(source, what, bytearray(5))
+        assert path.read_bytes()[: len(head)] == bytes(len(head))
+        output.finish(head)
+    return path
+
+
+def contents(header: Header) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    return {key: (t.dtype, t.shape, bytes(t.read())) for key, t in header.tensors.items()}
+
+
+def test_a_plan_without_changes_gives_the_very_file_of_a_compact_header(tmp_path: Path) -> None:
+    header = handmade(tmp_path / "a", MIXED, {"made": "by hand"})
+    again = read_header(written(tmp_path / "b", header, plan_like(header), frozenset(), header.metadata))
+    assert list(again.tensors) == list(MIXED)
+    assert in_data_order(again) == in_data_order(header) == ["z", "m", "k", "a", "b"]
+    assert contents(again) == contents(header)
+    assert again.metadata == header.metadata
+    third = written(tmp_path / "c", again, plan_like(again), frozenset(), again.metadata)
+    assert third.read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_change_of_dtype_moves_what_follows_and_nothing_else(tmp_path: Path) -> None:
+    header = handmade(tmp_path / "a", MIXED)
+    plan = plan_like(header, {"m": "F32", "a": "F8_E4M3"})
+    assert dict(plan.entries) == {
+        "m": ("F32", (4,), 16),
+        "z": ("F32", (2, 2), 0),
+        "a": ("F8_E4M3", (3, 2), 40),
+        "k": ("I64", (1,), 32),
+        "b": ("F8_E4M3", (4,), 46),
+    }
+    assert list(plan.entries) == list(MIXED)
+    assert plan.nbytes == 50
+    assert plan.start("k") == 32
+    again = read_header(written(tmp_path / "b", header, plan, frozenset({"m", "a"}), {}))
+    assert in_data_order(again) == in_data_order(header)
+    for key in ("z", "k", "b"):
+        assert contents(again)[key] == contents(header)[key]
+    assert bytes(again.tensors["m"].read()) == bytes(16)
+
+
+def test_neighbours_are_copied_in_one_stretch(tmp_path: Path) -> None:
+    header = handmade(tmp_path / "a", MIXED)
+    start = header.header_bytes
+    assert copies(header, plan_like(header), frozenset()) == [Copy(start, 0, 48)]
+    assert copies(header, plan_like(header), ["k"]) == [Copy(start, 0, 24), Copy(start + 32, 32, 16)]
+    moved = plan_like(header, {"k": "I32"})
+    assert copies(header, moved, ["k"]) == [Copy(start, 0, 24), Copy(start + 32, 28, 16)]
+    assert copies(header, plan_like(header), list(MIXED)) == []
+
+
+def test_empty_tensors_are_nothing_to_copy(tmp_path: Path) -> None:
+    header = handmade(
+        tmp_path / "a", {"void": ("F16", (0, 4), 0, 0), "a": ("F16", (2,), 0, 4), "end": ("F16", (0,), 4, 4)}
+    )
+    assert copies(header, plan_like(header), frozenset()) == [Copy(header.header_bytes, 0, 4)]
+    assert copies(header, plan_like(header), ["a"]) == []
+    assert plan_like(header).start("end") == 4
+
+
+def test_a_copy_in_parts(tmp_path: Path) -> None:
+    assert list(Copy(100, 10, 7).parts(3)) == [Copy(100, 10, 3), Copy(103, 13, 3), Copy(106, 16, 1)]
+    assert list(Copy(100, 10, 6).parts(3)) == [Copy(100, 10, 3), Copy(103, 13, 3)]
+    assert list(Copy(0, 0, 0).parts(3)) == []
+
+
+def test_tensors_that_are_in_no_file_have_no_stretch() -> None:
+    with pytest.raises(TypeError):
+        stretch(LazyTensor.scalar(1.0, "F16"))
+
+
+@pytest.mark.parametrize("place", [0, 4, 5, 24, 47])
+@pytest.mark.parametrize("size", [5, 48, 100])
+def test_one_flipped_bit_is_noticed(tmp_path: Path, place: int, size: int) -> None:
+    """In a piece of the buffer's size, and in the shorter last one."""
+    header = handmade(tmp_path / "a", MIXED)
+    plan = plan_like(header)
+    path = written(tmp_path / "b", header, plan, frozenset(), {})
+    source = stretch(header.tensors["a"])
+    head = len(plan.header({}))
+    (what,) = copies(header, plan, frozenset())
+    with Output(path, head, plan) as output:
+        output.check(source, what, (bytearray(size), bytearray(size)))
+        with path.open("r+b") as file:
+            file.seek(head + place)
+            (byte,) = file.read(1)
+            file.seek(head + place)
+            file.write(bytes([byte ^ 1]))
+        with pytest.raises(FormatError, match="are not the same in what was written") as caught:
+            output.check(source, what, (bytearray(size), bytearray(size)))
+    assert caught.value.file == str(tmp_path / "a")
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    (tmp_path / "b").touch()
+    return tmp_path / "b"
+
+
+PLAN = Plan({"a": ("F16", (4,), 0)}, 8)
+
+
+def test_a_file_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(LoratoolError, match="cannot be written") as caught:
+        Output(tmp_path / "none", 8, PLAN)
+    assert caught.value.file == str(tmp_path / "none")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_header_of_another_length_is_refused(target: Path) -> None:
+    head = PLAN.header({})
+    with Output(target, len(head), PLAN) as output:
+        with pytest.raises(ValueError, match="announced"):
+            output.finish(head + b" ")
+        output.write(memoryview(b"12345678"), 0)
+        output.finish(head)
+    assert target.read_bytes() == head + b"12345678"
+
+
+def test_what_was_written_is_read_back_from_any_place(target: Path) -> None:
+    with Output(target, 16, PLAN) as output:
+        output.write(memoryview(b"5678"), 4)
+        output.write(memoryview(b"1234"), 0)
+        found = bytearray(5)
+        output.read(memoryview(found), 2)
+    assert found == b"34567"
+
+
+def test_a_file_that_is_cut_meanwhile_is_an_error(target: Path) -> None:
+    with Output(target, 16, PLAN) as output:
+        os.truncate(target, 20)
+        with pytest.raises(LoratoolError, match="became shorter"):
+            output.read(memoryview(bytearray(8)), 0)
+
+
+def test_a_full_disk_is_told(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with Output(target, 16, PLAN) as output:
+        monkeypatch.setattr(os, "pwrite", full)
+        with pytest.raises(LoratoolError, match="cannot be written: No space left") as caught:
+            output.write(memoryview(b"12"), 0)
+    assert caught.value.file == str(target)
+
+
+def test_a_base_that_is_cut_meanwhile_is_an_error(tmp_path: Path, target: Path) -> None:
+    header = handmade(tmp_path / "a", MIXED)
+    plan = plan_like(header)
+    os.truncate(tmp_path / "a", header.header_bytes + 40)
+    (what,) = copies(header, plan, frozenset())
+    with Output(target, 16, plan) as output, pytest.raises(FormatError, match="became shorter") as caught:
+        output.copy(stretch(header.tensors["a"]), what, bytearray(64))
+    assert caught.value.file == str(tmp_path / "a")
+
+
+def test_short_writes_go_on(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: whole(fd, data[:3], at))
+    with Output(target, 16, PLAN) as output:
+        output.write(memoryview(b"12345678"), 0)
+    assert target.read_bytes()[16:] == b"12345678"
