@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,13 +110,14 @@ def main() -> None:
         position = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    generator = torch.Generator().manual_seed(0)
+    pool = (torch.randn(2 * POOL, generator=torch.Generator().manual_seed(0)) * 0.03).half().numpy()
+    chance = random.Random(0)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         left = position // 2
         while left:
-            count = min(left, POOL)
-            file.write((torch.randn(count, generator=generator) * 0.03).half().numpy().tobytes())
+            count, start = min(left, POOL), chance.randrange(POOL)
+            file.write(pool[start : start + count].data)
             left -= count
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -13,7 +15,6 @@ from loratool.core.errors import LoratoolError
 from loratool.core.tensor import DTYPES, torch_dtype
 from loratool.files.checkpoint import WeightFile
 from loratool.ops.baking import Destination, How
-from loratool.ops.pool import each
 from loratool.ops.rounding import FP8, largest
 from loratool.ops.sites import Site
 from loratool.ops.stored import dequantised, size_of, weight_rows
@@ -21,6 +22,8 @@ from loratool.ops.updates import adder
 
 ROWS = 2
 """Rows of every tensor that are computed anew."""
+
+_CHECKERS = 2
 
 _WORK = 1e-5
 """What float32 may be off, relative to the largest value of a row: sums of some hundred products, and one DoRA norm."""
@@ -43,65 +46,91 @@ class NotWritten(LoratoolError):
     """What was written is not what was computed."""
 
 
-def check_rows(
-    sites: Sequence[Site], destinations: Mapping[WeightFile, Destination], how: How, tick: Callable[[int], None]
-) -> tuple[int, float]:
-    """Computes random rows of every site in float64, and says how many, and how far off the worst value is (in ulp).
+class RowCheck:
+    """Computes random rows of sites in float64, each as soon as it is written, in a few threads of its own.
 
-    Raises NotWritten for a value that is farther off than one rounding of a float32 result explains.
+    `tick` is called with 1 for each. Leaving the block ends the threads, also if not all is done.
     """
-    chance = random.Random()
 
-    def look(site: Site) -> tuple[int, float]:
+    def __init__(self, destinations: Mapping[WeightFile, Destination], how: How, tick: Callable[[int], None]) -> None:
+        self._destinations, self._how, self._tick = destinations, how, tick
+        self._chance = random.Random()
+        self._pool = ThreadPoolExecutor(_CHECKERS, "loratool-check")
+        self._futures: list[Future[tuple[int, float]]] = []
+
+    def __enter__(self) -> RowCheck:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def written(self, site: Site) -> None:
+        """Looks at a site, which is written."""
+        self._futures.append(self._pool.submit(self._look, site))
+
+    def result(self, compared: int) -> Checked:
+        """What was found, when all is done. Raises NotWritten for a value that is farther off than one rounding of a
+        float32 result explains."""
+        found = [future.result() for future in self._futures]
+        worst = max((off for _, off in found), default=0.0)
+        return Checked(compared, len(found), sum(count for count, _ in found), worst)
+
+    def _look(self, site: Site) -> tuple[int, float]:
         rows = size_of(site.tensor)[0] if site.tensor.numel else 0
-        chosen = sorted(chance.sample(range(rows), min(ROWS, rows)))
-        found = max((_off(site, destinations[site.file], how, row) for row in chosen), default=0.0)
-        tick(1)
-        return len(chosen), found
-
-    found = each(look, sites)
-    return sum(count for count, _ in found), max((off for _, off in found), default=0.0)
+        chosen = sorted(self._chance.sample(range(rows), min(ROWS, rows)))
+        off = _off(site, self._destinations[site.file], self._how, chosen) if chosen else 0.0
+        self._tick(1)
+        return len(chosen), off
 
 
-def _off(site: Site, to: Destination, how: How, row: int) -> float:
-    base = weight_rows(site.tensor, site.scale, row, row + 1, "cpu", torch.float64)
+def _off(site: Site, to: Destination, how: How, rows: Sequence[int]) -> float:
+    """How far off the worst value of some rows is, in ulp."""
+    base = torch.cat([weight_rows(site.tensor, site.scale, row, row + 1, "cpu", torch.float64) for row in rows])
     exact = base.clone()
     for part in site.parts:
-        adder(part, "cpu", how.norm, torch.float64).add(exact, base, row)
-    stored, scale = _written(site, to, row)
+        one = adder(part, "cpu", how.norm, torch.float64)
+        for at, row in enumerate(rows):
+            one.add(exact[at : at + 1], base[at : at + 1], row)
+    stored, scale = _written(site, to, rows)
     found = dequantised(stored, scale, 0, torch.float64)
     unit = torch.ones(1, dtype=torch.float64) if scale is None else scale.double()
     if site.dtype in FP8:  # what is larger becomes the largest number
         exact = exact.clamp(-largest(site.dtype) * unit, largest(site.dtype) * unit)
     ulp = _ulp(exact / unit, site.dtype) * unit
-    slack = _WORK * float((base.abs() + (exact - base).abs()).max())
+    slack = _WORK * (base.abs() + (exact - base).abs()).amax(1, keepdim=True)
     limit = (1.0 if how.rounding == "stochastic" else 0.5) * ulp + slack
+    off = (found - exact).abs()
     finite = exact.isfinite()
-    wrong = ((found - exact).abs() > limit) & finite | (found.isfinite() != finite)
+    # Written so that NaN is wrong, too.
+    wrong = ~(off <= limit) & finite | (found.isfinite() != finite)
     if bool(wrong.any()):
-        at = int(wrong[0].nonzero()[0])
+        at, column = (int(index) for index in wrong.nonzero()[0])
         raise NotWritten(
-            f"row {row}, column {at} holds {float(found[0, at]):.8g}, expected {float(exact[0, at]):.8g}",
+            f"row {rows[at]}, column {column} holds {float(found[at, column]):.8g}, "
+            f"expected {float(exact[at, column]):.8g}",
             file=site.file.path,
             key=site.key,
             hint="nothing was kept; please report this",
         )
-    return float(((found - exact).abs() / ulp)[finite].max()) if bool(finite.any()) else 0.0
+    return float((off / ulp)[finite].max()) if bool(finite.any()) else 0.0
 
 
-def _written(site: Site, to: Destination, row: int) -> tuple[Tensor, Tensor | None]:
-    """One row of the output, and its scale."""
+def _written(site: Site, to: Destination, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """Rows of the output, and their scale."""
     _, columns = size_of(site.tensor)
     nbytes = columns * DTYPES[site.dtype] // 8
-    room = bytearray(nbytes)
-    to.output.read(memoryview(room), to.plan.start(site.key) + row * nbytes)
-    stored = torch.frombuffer(room, dtype=torch_dtype(site.dtype)).reshape(1, columns)
+    room = bytearray(nbytes * len(rows))
+    for at, row in enumerate(rows):
+        to.output.read(memoryview(room)[at * nbytes : (at + 1) * nbytes], to.plan.start(site.key) + row * nbytes)
+    stored = torch.frombuffer(room, dtype=torch_dtype(site.dtype)).reshape(len(rows), columns)
     if site.scale is None or site.scale_key is None:
         return stored, None
     data = bytearray(site.scale.nbytes)
     to.output.read(memoryview(data), to.plan.start(site.scale_key))
     whole = torch.frombuffer(data, dtype=torch_dtype(site.scale.dtype)).float().reshape(-1, 1)
-    return stored, whole if len(whole) == 1 else whole[row : row + 1]
+    return stored, whole if len(whole) == 1 else whole[list(rows)]
 
 
 def _ulp(values: Tensor, dtype: str) -> Tensor:

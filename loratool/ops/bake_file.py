@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loratool.core.architecture import Architecture
 from loratool.core.errors import UsageError
@@ -23,10 +22,6 @@ from loratool.ops.bake_folder import Others, bring_others, restate
 from loratool.ops.bake_report import BakeReport, bake_report
 from loratool.ops.bake_task import FileTask, Options, Task, prepared, record, with_record
 from loratool.ops.inputs import Asked
-
-if TYPE_CHECKING:
-    from loratool.ops.bake_check import Checked
-    from loratool.ops.baking import Destination, How
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total): bytes while writing and verifying, tensors otherwise."""
@@ -122,17 +117,23 @@ class _Bake:
             compared = _Ticker(self._told, "comparing", untouched)
             with Copier(self._task.files, outputs, self._options.verify, tick, compared) as copier:
                 # Imported while bytes are copied: torch takes a second or two to begin.
-                from loratool.ops import baking
+                from loratool.ops import bake_check, baking
 
                 destinations = {one.file: baking.Destination(outputs[one.file], one.plan) for one in self._task.files}
                 how = baking.How(self._options.rounding, self._options.seed, self._options.dora_norm)
+                sites = self._task.found.sites
                 bakery = baking.Bakery(destinations, self._options.devices, how, tick)
-                survivals = bakery.run(self._task.found.sites)
-                copier.wait()
+                checked = None
+                with bake_check.RowCheck(destinations, how, _Ticker(self._told, "verifying", len(sites))) as check:
+                    if self._options.verify:
+                        bakery.done = check.written
+                    survivals = bakery.run(sites)
+                    copier.wait()
+                    if self._options.verify:
+                        checked = check.result(copier.compared)
             digests = self._hashes()
             for one in self._task.files:
                 outputs[one.file].finish(one.plan.header(self._header(one, digests)))
-            checked = self._checked(destinations, how, copier.compared) if self._options.verify else None
         report = bake_report(self._task, self._asked, digests, self._options, survivals, 0, self._started)
         return replace(
             report, output=str(self._output), checked=checked, linked=self._others.linked, copied=self._others.copied
@@ -141,14 +142,6 @@ class _Bake:
     def _header(self, one: FileTask, digests: Sequence[str]) -> dict[str, str]:
         told = record(self._asked, digests, self._task.checkpoint.path, self._options)
         return with_record(one.metadata, told)
-
-    def _checked(self, destinations: Mapping[WeightFile, Destination], how: How, compared: int) -> Checked:
-        from loratool.ops import bake_check
-
-        sites = self._task.found.sites
-        tick = _Ticker(self._told, "verifying", len(sites))
-        rows, worst = bake_check.check_rows(sites, destinations, how, tick)
-        return bake_check.Checked(compared, len(sites), rows, worst)
 
 
 class _Ticker:

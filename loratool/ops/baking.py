@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from loratool.ops.sites import Site
 from loratool.ops.stored import byte_range, part_of, row_blocks, scale_column, size_of
 from loratool.ops.updates import Adder, adder
 
-CPU_BLOCK, GPU_BLOCK = 512 << 10, 8 << 20
+CPU_BLOCK, GPU_BLOCK = 512 << 10, 4 << 20
 """Stored bytes that are computed at once: what fits the processor's cache; what keeps a GPU busy."""
 
 JOB = 64 << 20
@@ -84,13 +85,19 @@ class _Job:
 
 @dataclass(eq=False)
 class Bakery:
-    """Bakes sites into their files. `tick` is called with the bytes that were written."""
+    """Bakes sites into their files. `tick` is called with the bytes that were written, `done` with every finished site.
+
+    Both are called from several threads.
+    """
 
     destinations: Mapping[WeightFile, Destination]
     devices: Sequence[str]
     how: How
     tick: Callable[[int], None]
+    done: Callable[[Site], None] | None = None
     recorder: Recorder | None = None
+    _left: dict[int, int] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
     _local: threading.local = field(default_factory=threading.local)
 
     def run(self, sites: Sequence[Site]) -> list[Survival]:
@@ -99,6 +106,7 @@ class Bakery:
         gpus = [device for device in self.devices if device != "cpu"]
         workers = GPU_THREADS * len(gpus) if gpus else threads()
         jobs = self._dealt(sites)
+        self._left = dict(Counter(job.index for job in jobs))
         for job, survival in zip(jobs, each(self._bake, jobs, workers=workers), strict=True):
             found[job.index].add(survival)
         return found
@@ -145,7 +153,15 @@ class Bakery:
                 desk.write(written, to, site.key, start)
                 self.tick(written.numel() * written.element_size())
             self._write_scale(site, to, scale, job.device)
+            self._finished(job)
             return survival.result(site)
+
+    def _finished(self, job: _Job) -> None:
+        with self._lock:
+            self._left[job.index] -= 1
+            last = not self._left[job.index]
+        if last and self.done is not None:
+            self.done(job.site)
 
     def _scale(self, job: _Job, desk: _Desk, adders: Sequence[Adder], old: Tensor | None) -> Tensor | None:
         """The scale of the output: that at which its largest value is the largest fp8 number; 1 where it is no fp8."""
@@ -250,6 +266,7 @@ class _Desk:
         self.device = device
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._rooms: dict[str, Tensor] = {}
+        self._usual = 0 if device == "cpu" else 2 * GPU_BLOCK
         self._stream: Any = None if device == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def context(self) -> AbstractContextManager[object]:
@@ -265,7 +282,10 @@ class _Desk:
         source = stretch(tensor)
         source.file.readinto(room.numpy().data, source.start + first)
         stored = room.view(torch_dtype(tensor.dtype)).reshape(stop - start, -1)
-        return stored if self._stream is None else stored.to(self.device, non_blocking=True)
+        return stored if self._stream is None else self._moved(stored)
+
+    def _moved(self, stored: Tensor) -> Tensor:
+        return self.room("stored", stored.shape, stored.dtype).copy_(stored, non_blocking=True)
 
     def write(self, rows: Tensor, to: Destination, key: str, start: int) -> None:
         """Writes rows from `start` on of the tensor `key`."""
@@ -283,7 +303,8 @@ class _Desk:
         """Memory on the device, the same for a name each time: new memory would cost more than computing in it."""
         nbytes = math.prod(shape) * dtype.itemsize
         if name not in self._rooms or self._rooms[name].numel() < nbytes:
-            self._rooms[name] = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            # At once what most blocks need: memory that is given back is not given to other threads.
+            self._rooms[name] = torch.empty(max(nbytes, self._usual), dtype=torch.uint8, device=self.device)
         return self._rooms[name][:nbytes].view(dtype).view(*shape)
 
     def matrix(self, shape: tuple[int, int]) -> Tensor:
@@ -294,5 +315,5 @@ class _Desk:
         if self._buffer.numel() < nbytes:
             if self._stream is not None:
                 self._stream.synchronize()  # the old buffer may still be in use
-            self._buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._stream is not None)
+            self._buffer = torch.empty(max(nbytes, self._usual), dtype=torch.uint8, pin_memory=self._stream is not None)
         return self._buffer[:nbytes]
