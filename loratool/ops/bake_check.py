@@ -15,6 +15,7 @@ from loratool.core.errors import LoratoolError
 from loratool.core.tensor import DTYPES, torch_dtype
 from loratool.files.checkpoint import WeightFile
 from loratool.ops.baking import Destination, How
+from loratool.ops.pool import alone
 from loratool.ops.rounding import FP8, largest
 from loratool.ops.sites import Site
 from loratool.ops.stored import dequantised, size_of, weight_rows
@@ -55,7 +56,7 @@ class RowCheck:
     def __init__(self, destinations: Mapping[WeightFile, Destination], how: How, tick: Callable[[int], None]) -> None:
         self._destinations, self._how, self._tick = destinations, how, tick
         self._chance = random.Random()
-        self._pool = ThreadPoolExecutor(_CHECKERS, "loratool-check")
+        self._pool = ThreadPoolExecutor(_CHECKERS, "loratool-check", initializer=alone)
         self._futures: list[Future[tuple[int, float]]] = []
 
     def __enter__(self) -> RowCheck:
@@ -99,10 +100,10 @@ def _off(site: Site, to: Destination, how: How, rows: Sequence[int]) -> float:
     if site.dtype in FP8:  # what is larger becomes the largest number
         exact = exact.clamp(-largest(site.dtype) * unit, largest(site.dtype) * unit)
     ulp = _ulp(exact / unit, site.dtype) * unit
-    slack = _WORK * (base.abs() + (exact - base).abs()).amax(1, keepdim=True)
+    finite = exact.isfinite()
+    slack = _WORK * torch.where(finite, base.abs() + (exact - base).abs(), 0.0).amax(1, keepdim=True)
     limit = (1.0 if how.rounding == "stochastic" else 0.5) * ulp + slack
     off = (found - exact).abs()
-    finite = exact.isfinite()
     # Written so that NaN is wrong, too.
     wrong = ~(off <= limit) & finite | (found.isfinite() != finite)
     if bool(wrong.any()):

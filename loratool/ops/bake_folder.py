@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loratool.core.errors import LoratoolError
 from loratool.files.checkpoint import read_index
@@ -32,11 +32,13 @@ class Others:
 def bring_others(base: Path, folder: Path, rewritten: Collection[str]) -> Others:
     """Links or copies every file below `base`, but those rewritten and hidden folders, to the same place in `folder`.
 
-    Large files are linked where that is possible. Raises LoratoolError for what is no regular file.
+    Large files are linked where that is possible. Raises LoratoolError for what is no regular file, and for a link to
+    a folder that it is in.
     """
     linked = copied = 0
     for place, folders, names in os.walk(base, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        _check_links(Path(place), folders)
         at = Path(place).relative_to(base)
         (folder / at).mkdir(exist_ok=True)
         for name in sorted(names):
@@ -44,6 +46,14 @@ def bring_others(base: Path, folder: Path, rewritten: Collection[str]) -> Others
                 was_linked = _bring(base / at / name, folder / at / name)
                 linked, copied = linked + was_linked, copied + (not was_linked)
     return Others(linked, copied)
+
+
+def _check_links(place: Path, folders: Sequence[str]) -> None:
+    here = Path(os.path.realpath(place))
+    for name in folders:
+        if Path(os.path.realpath(place / name)) in (here, *here.parents):
+            message = "is a link to a folder that it is in"
+            raise LoratoolError(message, file=str(place / name), hint="remove it from the folder")
 
 
 def _bring(source: Path, target: Path) -> bool:
@@ -63,17 +73,22 @@ def _bring(source: Path, target: Path) -> bool:
 
 def restate(folder: Path, task: Task, dtype: str) -> None:
     """Makes configs say the new dtype, and indices the size of all tensors."""
-    sizes: Counter[str] = Counter()
-    for one in task.files:
-        sizes[one.file.name.rpartition("/")[0]] += one.plan.nbytes
+    rewritten = {one.file: one.plan.nbytes for one in task.files}
     for weights in task.checkpoint.sets:
         if weights.index is not None:
             index = folder / weights.index
             data = read_index(index)
-            data["metadata"] = {**(data.get("metadata") or {}), "total_size": sizes[weights.folder]}
-            index.write_text(json.dumps(data, indent=2), encoding="utf-8")
+            old = {file: file.header.size_bytes - file.header.header_bytes for file in weights.files}
+            total = sum(rewritten.get(file, old[file]) for file in weights.files)
+            data["metadata"] = {**(data.get("metadata") or {}), "total_size": total}
+            _replace_json(index, data)
         config = folder / weights.folder / "config.json"
         if config.is_file() and dtype in _TORCH_NAMES:
-            data = json.loads(config.read_text(encoding="utf-8"))
+            data = read_index(config)
             data |= dict.fromkeys({"dtype", "torch_dtype"} & data.keys(), _TORCH_NAMES[dtype])
-            config.write_text(json.dumps(data, indent=2), encoding="utf-8")
+            _replace_json(config, data)
+
+
+def _replace_json(path: Path, data: dict[str, Any]) -> None:
+    path.unlink()  # it may be a link to the base's own file
+    path.write_text(json.dumps(data, indent=2), encoding="utf-8")

@@ -21,7 +21,7 @@ from loratool.ops.pool import each, threads
 from loratool.ops.rounding import FP8, WIDE, fresh_scale, rounded, uniform
 from loratool.ops.sites import Site
 from loratool.ops.stored import byte_range, part_of, row_blocks, scale_column, size_of
-from loratool.ops.updates import Adder, adder
+from loratool.ops.updates import Adder, adder, check_parts
 
 CPU_BLOCK, GPU_BLOCK = 512 << 10, 4 << 20
 """Stored bytes that are computed at once: what fits the processor's cache; what keeps a GPU busy."""
@@ -250,6 +250,7 @@ class _Sums:
     def result(self, site: Site) -> Survival:
         found = Survival(float(self._along), float(self._square))
         if not (math.isfinite(found.along) and math.isfinite(found.square)):
+            check_parts(site.parts)
             raise LoratoolError(
                 f"would hold values that are NaN, infinite or too large for {site.dtype}",
                 file=site.file.path,

@@ -73,7 +73,7 @@ def _run(work: Callable[[Job], Result], jobs: Sequence[Job], count: int) -> Iter
     futures: list[Future[Result]] = []
     torch = sys.modules.get("torch")
     before = torch.get_num_threads() if torch is not None else 0
-    pool = ThreadPoolExecutor(min(count, len(jobs)) or 1, "loratool", initializer=_alone)
+    pool = ThreadPoolExecutor(min(count, len(jobs)) or 1, "loratool", initializer=alone)
     try:
         futures = [pool.submit(work, job) for job in jobs]
         for future in futures:
@@ -84,7 +84,7 @@ def _run(work: Callable[[Job], Result], jobs: Sequence[Job], count: int) -> Iter
             torch.set_num_threads(before)
 
 
-def _alone() -> None:
-    """In a thread of the pool: one thread for torch's products."""
+def alone() -> None:
+    """In a thread of a pool: one thread for torch's products."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)

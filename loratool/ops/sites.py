@@ -30,12 +30,14 @@ class Part:
     """What one module adds to a stretch of one tensor: `strength` times rows `span.start:span.stop` of its update.
 
     `places` are all spans of the module with the tensors they are in: what a DoRA norm over whole columns takes.
+    `adapter` is the path of the file that it is from.
     """
 
     module: Module
     strength: float
     span: Span
     places: tuple[tuple[Span, LazyTensor, LazyTensor | None], ...]
+    adapter: str = ""
 
     @property
     def first(self) -> int:
@@ -60,6 +62,7 @@ class Fixed:
     last: int
     replaces: bool
     title: str
+    adapter: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,11 +140,11 @@ class _Finder:
             if len(missing) == len(here):
                 missing = set()
                 here = []  # another variant, or nothing of this adapter
+            kept |= set(self._saved(index, base, one))  # first: updates are added to what takes the base's place
             for module in here:
                 if id(module) not in missing:
                     placed.add(id(module))
                     self._place(index, base, one, module)
-            kept |= set(self._saved(index, base, one))
         self._miss(adapter, [module for module in adapter.modules if id(module) not in placed], kept)
 
     def _place(self, index: int, base: BaseWeights, one: Input, module: Module) -> None:
@@ -155,7 +158,7 @@ class _Finder:
         places = tuple((span, tensors[span.key], scale_of(tensors, span.key)[1]) for span in spans)
         for span, strength in _joined(spans, strengths):
             if strength:
-                self._note(index, span.key, module.component, Part(module, strength, span, places))
+                self._note(index, span.key, module.component, Part(module, strength, span, places, one.adapter.path))
         if "bias" in module.factors:
             self._place_bias(index, base, one, module, list(zip(spans, strengths, strict=True)))
 
@@ -171,21 +174,31 @@ class _Finder:
                 return
             last = span.first + span.stop - span.start
             fixed = Fixed(
-                module.factors["bias"], span.start, strength * module.scale, span.first, last, False, module.title
+                module.factors["bias"],
+                span.start,
+                strength * module.scale,
+                span.first,
+                last,
+                False,
+                module.title,
+                one.adapter.path,
             )
             self._note(index, key, module.component, fixed)
 
     def _saved(self, index: int, base: BaseWeights, one: Input) -> Iterator[str]:
-        """Keys of the extras that are whole tensors of the base (PEFT's modules_to_save), which they replace."""
-        if one.adapter.layout != "peft" or not one.weight:
+        """Keys of the extras that are whole tensors of the base, which they replace: PEFT's modules_to_save, and the
+        embedding that it keeps (as `base_layer`) beside an update of it."""
+        if one.adapter.layout != "peft":
             return
         for key, tensor in one.adapter.extras.items():
-            path = key.rpartition("/")[2].removeprefix("base_model.model.")
+            path = key.rpartition("/")[2].removeprefix("base_model.model.").replace(".base_layer.", ".")
             for component, tensors in base.components.items():
                 name = _with_renaming(path, base.renamed.get(component, ("", "")))
                 if name in tensors and tensors[name].shape == tensor.shape:
                     rows = tensor.shape[0] if tensor.shape else 1
-                    self._note(index, name, component, Fixed(tensor, 0, one.weight, 0, rows, True, key))
+                    self._note(
+                        index, name, component, Fixed(tensor, 0, one.weight, 0, rows, True, key, one.adapter.path)
+                    )
                     yield key
 
     def _note(self, index: int, key: str, component: str, part: Part | Fixed) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from loratool.core.module import Module
-from loratool.core.tensor import LazyTensor
-from loratool.ops.finite import check_finite
+from loratool.ops.finite import not_finite
 from loratool.ops.sites import Fixed, Part
 from loratool.ops.stored import blocks_of
 
@@ -33,7 +32,7 @@ Room = Callable[[tuple[int, int]], Tensor]
 def adder(
     part: Part | Fixed, device: str, norm: str, work: torch.dtype = torch.float32, room: Room | None = None
 ) -> Adder:
-    """What a part of a site adds, with its factors on `device` in `work`. Raises FormatError for NaN or infinity.
+    """What a part of a site adds, with its factors on `device` in `work`. NaN and infinity are not looked for.
 
     Products are made in `room`, if there is one: it must be free whenever `add` is called.
     """
@@ -59,20 +58,27 @@ class Update(Protocol):
 
 
 def update_of(module: Module, device: str, work: torch.dtype = torch.float32, room: Room | None = None) -> Update:
-    """The update of a module, scale included, its factors on `device`. Raises FormatError for NaN or infinity."""
+    """The update of a module, scale included, its factors on `device`."""
     product = module.product
     if product.whole and product.core is None and product.right is not None:
-        left, right = _loaded(module, product.left, device, work), _loaded(module, product.right, device, work)
+        left, right = product.left.load(device).to(work), product.right.load(device).to(work)
         return _Pair(left, right, module.scale, product.transposed, room)
-    for factor in module.factors.values():
-        _loaded(module, factor, device, work)  # checked once, not in every block
     return _Cut(module, device, work)
 
 
-def _loaded(module: Module, factor: LazyTensor, device: str, work: torch.dtype) -> Tensor:
-    values = factor.load(device).to(work)
-    check_finite(module, values)
-    return values
+def check_parts(parts: Sequence[Part | Fixed]) -> None:
+    """Raises FormatError, with the adapter's file, for a part that holds NaN or infinite values.
+
+    Asked when a result is not finite: looking at every factor beforehand would make a GPU wait for each.
+    """
+    for part in parts:
+        if isinstance(part, Fixed):
+            tensors, title = [part.values], part.title
+        else:
+            tensors, title = list(part.module.tensors.values()), part.module.title
+        for tensor in tensors:
+            if not bool(tensor.load().double().isfinite().all()):
+                raise not_finite(title).with_file(part.adapter)
 
 
 class _Pair:
@@ -181,7 +187,7 @@ class _Dora:
         module = part.module
         assert module.magnitude is not None
         self._part, self._update, self._work = part, update, work
-        self._magnitude = _loaded(module, module.magnitude, device, work).flatten()
+        self._magnitude = module.magnitude.load(device).to(work).flatten()
         self._of_base = norm == "comfyui" and module.magnitude_per_row
         # One norm per row of a weight that is stored by rows needs no other rows.
         alone = module.magnitude_per_row and not part.span.transposed
