@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratool.core.architecture import Architecture
 from loratool.core.errors import UsageError
-from loratool.files.atomic import atomic_folder, atomic_write, check_room
+from loratool.files.atomic import check_room
 from loratool.files.bundle import check_output
 from loratool.files.checkpoint import WeightFile
 from loratool.files.stream import Output
 from loratool.ops import recipe
 from loratool.ops.bake_copy import Copier
-from loratool.ops.bake_folder import Others, bring_others, restate
+from loratool.ops.bake_folder import restate
 from loratool.ops.bake_report import BakeReport, bake_report
 from loratool.ops.bake_task import FileTask, Options, Task, prepared, record, with_record
+from loratool.ops.bake_write import Progress, Ticker, size_of, temporary_places
 from loratool.ops.inputs import Asked
 
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total): bytes while writing and verifying, tensors otherwise."""
+if TYPE_CHECKING:
+    from loratool.ops.bake_check import Checked
+    from loratool.ops.baking import How, Recorder, Survival
 
 
 def bake_file(
@@ -35,12 +38,14 @@ def bake_file(
     *,
     undo: str | os.PathLike[str] | None = None,
     architecture: Architecture | str | None = None,
+    recorder: Recorder | None = None,
     progress: Progress | None = None,
 ) -> BakeReport:
     """Adds adapters to the checkpoint at `base` (a file or folder) and writes the result; `output` None only plans it.
 
     Every weight becomes round(W + sum of strength * delta), computed in float32 and rounded once. Everything else
-    keeps its bytes. `undo` names a file to write that gives the base back bit for bit. Raises LoratoolError before
+    keeps its bytes. `undo` names a file to write that gives the base back bit for bit; without one, `recorder` may look
+    on. Raises LoratoolError before
     anything is read for an output that cannot be written, and for modules without a weight (unless allowed).
     """
     started = time.perf_counter()
@@ -58,108 +63,105 @@ def bake_file(
     task = prepared(base, asked, options, architecture)
     size = sum(file.header.size_bytes for one in task.checkpoint.sets for file in one.files)
     if output is None:
-        return bake_report(task, asked, hashes(), options, None, size, started)
+        report = bake_report(task, asked, hashes(), options, None)
+        return replace(report, size=size, seconds=time.perf_counter() - started)
     check_room(Path(output).parent, sum(file.plan.nbytes for file in task.files))
-    return _Bake(task, asked, options, Path(output), undo, hashes, progress, started).run()
+    report = _Bake(task, asked, options, Path(output), undo, recorder, hashes, progress).run()
+    return replace(report, size=size_of(Path(output)), seconds=time.perf_counter() - started)
 
 
+@dataclass(frozen=True, eq=False)
 class _Bake:
     """One bake that is under way."""
 
-    def __init__(
-        self,
-        task: Task,
-        asked: Sequence[Asked],
-        options: Options,
-        output: Path,
-        undo: str | os.PathLike[str] | None,
-        hashes: Callable[[], list[str]],
-        progress: Progress | None,
-        started: float,
-    ) -> None:
-        self._task, self._asked, self._options = task, asked, options
-        self._output, self._undo, self._hashes, self._started = output, undo, hashes, started
-        self._told = progress
-        self._others = Others(0, 0)
+    task: Task
+    asked: Sequence[Asked]
+    options: Options
+    output: Path
+    undo: str | os.PathLike[str] | None
+    recorder: Recorder | None
+    hashes: Callable[[], list[str]]
+    progress: Progress | None
 
     def run(self) -> BakeReport:
         """Writes everything, checks it, and gives it its name."""
-        with ExitStack() as stack:
-            if self._task.checkpoint.folder:
-                folder = stack.enter_context(atomic_folder(self._output, self._options.overwrite))
-                self._others = bring_others(
-                    Path(self._task.checkpoint.path), folder, {one.file.name for one in self._task.files}
-                )
-                if self._options.dtype is not None:
-                    restate(folder, self._task, self._options.dtype)
-                places = {one.file: folder / one.file.name for one in self._task.files}
-                for place in places.values():
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    place.touch()
-            else:
-                file = stack.enter_context(atomic_write(self._output, self._options.overwrite))
-                places = {one.file: file for one in self._task.files}
-            report = self._filled(places)
-        size = _size_of(self._output)
-        return replace(report, size=size, seconds=time.perf_counter() - self._started)
-
-    def _filled(self, places: Mapping[WeightFile, Path]) -> BakeReport:
-        """Fills the files under their temporary names."""
-        digests = ["0" * 64] * len(self._asked)  # as long as the true ones, which are known when the data are written
-        with ExitStack() as stack:
-            outputs: dict[WeightFile, Output] = {}
-            for one in self._task.files:
-                head = len(one.plan.header(self._header(one, digests)))
-                outputs[one.file] = stack.enter_context(Output(places[one.file], head, one.plan))
-            total = sum(one.plan.nbytes for one in self._task.files)
-            tick = _Ticker(self._told, "writing", total)
-            untouched = sum(what.nbytes for one in self._task.files for what in one.copies)
-            compared = _Ticker(self._told, "comparing", untouched)
-            with Copier(self._task.files, outputs, self._options.verify, tick, compared) as copier:
-                # Imported while bytes are copied: torch takes a second or two to begin.
-                from loratool.ops import bake_check, baking
-
-                destinations = {one.file: baking.Destination(outputs[one.file], one.plan) for one in self._task.files}
-                how = baking.How(self._options.rounding, self._options.seed, self._options.dora_norm)
-                sites = self._task.found.sites
-                bakery = baking.Bakery(destinations, self._options.devices, how, tick)
-                checked = None
-                with bake_check.RowCheck(destinations, how, _Ticker(self._told, "verifying", len(sites))) as check:
-                    if self._options.verify:
-                        bakery.done = check.written
-                    survivals = bakery.run(sites)
-                    copier.wait()
-                    if self._options.verify:
-                        checked = check.result(copier.compared)
-            digests = self._hashes()
-            for one in self._task.files:
-                outputs[one.file].finish(one.plan.header(self._header(one, digests)))
-        report = bake_report(self._task, self._asked, digests, self._options, survivals, 0, self._started)
+        checkpoint, options = self.task.checkpoint, self.options
+        rewritten = [one.file for one in self.task.files]
+        digests = ["0" * 64] * len(self.asked)  # as long as the true ones, which are known when the data are written
+        with temporary_places(self.output, checkpoint, rewritten, options.overwrite) as places, ExitStack() as stack:
+            if places.folder is not None and options.dtype is not None:
+                restate(places.folder, self.task, options.dtype)
+            outputs = {
+                one.file: stack.enter_context(Output(places.files[one.file], len(self._header(one, digests)), one.plan))
+                for one in self.task.files
+            }
+            survivals, checked, undone = self._filled(outputs)
+            digests = self.hashes()
+            for one in self.task.files:
+                outputs[one.file].finish(self._header(one, digests))
+            undo_size = undone(digests)
+        report = bake_report(self.task, self.asked, digests, options, survivals)
         return replace(
-            report, output=str(self._output), checked=checked, linked=self._others.linked, copied=self._others.copied
+            report,
+            output=str(self.output),
+            checked=checked,
+            linked=places.others.linked,
+            copied=places.others.copied,
+            undo=None if self.undo is None else str(self.undo),
+            undo_size=undo_size,
         )
 
-    def _header(self, one: FileTask, digests: Sequence[str]) -> dict[str, str]:
-        told = record(self._asked, digests, self._task.checkpoint.path, self._options)
-        return with_record(one.metadata, told)
+    def _filled(
+        self, outputs: Mapping[WeightFile, Output]
+    ) -> tuple[list[Survival], Checked | None, Callable[[Sequence[str]], int | None]]:
+        """Fills the files; also what was found, and the function that writes the undo file."""
+        files, verify = self.task.files, self.options.verify
+        written = Ticker(self.progress, "writing", sum(one.plan.nbytes for one in files))
+        compared = Ticker(self.progress, "comparing", sum(what.nbytes for one in files for what in one.copies))
+        with Copier(files, outputs, verify, written, compared) as copier, self._hashing() as bases:
+            # Imported while bytes are copied: torch takes a second or two to begin.
+            from loratool.ops import bake_check, baking
 
+            sites = self.task.found.sites
+            destinations = {one.file: baking.Destination(outputs[one.file], one.plan) for one in files}
+            how = baking.How(self.options.rounding, self.options.seed, self.options.dora_norm)
+            recorder, undone = self._recording(how, bases)
+            bakery = baking.Bakery(destinations, self.options.devices, how, written, recorder=recorder)
+            checked = None
+            with bake_check.RowCheck(destinations, how, Ticker(self.progress, "verifying", len(sites))) as check:
+                if verify:
+                    bakery.done = check.written
+                survivals = bakery.run(sites)
+                copier.wait()
+                if verify:
+                    checked = check.result(copier.compared)
+        return survivals, checked, undone
 
-class _Ticker:
-    """Adds up what threads have done, and tells it."""
+    @contextmanager
+    def _hashing(self) -> Iterator[Mapping[WeightFile, Future[str]]]:
+        """Hashes the base's files in the background, if there is an undo file to write them to."""
+        with ThreadPoolExecutor(2, "loratool-sha256") as pool:
+            files = [one.file for one in self.task.files] if self.undo is not None else []
+            yield {file: pool.submit(recipe.file_sha256, file.path) for file in files}
 
-    def __init__(self, progress: Progress | None, stage: str, total: int) -> None:
-        self._progress, self._stage, self._total = progress, stage, total
-        self._done = 0
-        self._lock = threading.Lock()
+    def _recording(
+        self, how: How, bases: Mapping[WeightFile, Future[str]]
+    ) -> tuple[Recorder | None, Callable[[Sequence[str]], int | None]]:
+        """What looks on while blocks are computed, and the function that then writes the undo file."""
+        if self.undo is None:
+            return self.recorder, lambda digests: None
+        from loratool.ops.undo import Recording, write_undo
 
-    def __call__(self, amount: int) -> None:
-        if self._progress is not None:
-            with self._lock:
-                self._done += amount
-                self._progress(self._stage, self._done, self._total)
+        sites, undo = self.task.found.sites, self.undo
+        recording = Recording(sites, how.norm)
 
+        def write(digests: Sequence[str]) -> int:
+            told = record(self.asked, digests, self.task.checkpoint.path, self.options)
+            hashed = {file: future.result() for file, future in bases.items()}
+            return write_undo(undo, sites, recording, told, hashed, self.options.overwrite)
 
-def _size_of(path: Path) -> int:
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return recording, write
+
+    def _header(self, one: FileTask, digests: Sequence[str]) -> bytes:
+        told = record(self.asked, digests, self.task.checkpoint.path, self.options)
+        return one.plan.header(with_record(one.metadata, told))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,9 +96,8 @@ def bake_report(
     digests: Sequence[str],
     options: Options,
     survivals: Sequence[Survival] | None,
-    size: int,
-    started: float,
 ) -> BakeReport:
+    """The report of a bake, or of a plan (`survivals` None), without what only its writing tells."""
     sites = task.found.sites
     missing = Counter(one.adapter for one in task.found.unmatched)
     return BakeReport(
@@ -135,7 +133,7 @@ def bake_report(
         files=tuple(one.file.name for one in task.files),
         linked=0,
         copied=0,
-        size=size,
+        size=0,
         untouched=sum(what.nbytes for one in task.files for what in one.copies),
         dtype=options.dtype,
         rounding=options.rounding,
@@ -147,7 +145,7 @@ def bake_report(
         undo_size=None,
         checked=None,
         notes=(*(note for one in task.inputs for note in one.adapter.notes), *task.notes),
-        seconds=time.perf_counter() - started,
+        seconds=0.0,
     )
 
 

@@ -67,6 +67,7 @@ class Task:
 def prepared(
     base: str | os.PathLike[str], asked: Sequence[Asked], options: Options, architecture: Architecture | str | None
 ) -> Task:
+    """Opens everything and plans the bake; reads headers only. Raises what `bake_file` raises before it writes."""
     checkpoint = read_checkpoint(base)
     known = known_model(checkpoint)
     inputs = tuple(weighed(one, _opened(one.path, known, checkpoint, architecture)) for one in asked)

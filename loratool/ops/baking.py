@@ -163,7 +163,7 @@ class Bakery:
         if last and self.done is not None:
             self.done(job.site)
 
-    def _scale(self, job: _Job, desk: _Desk, adders: Sequence[Adder], old: Tensor | None) -> Tensor | None:
+    def _scale(self, job: _Job, desk: Desk, adders: Sequence[Adder], old: Tensor | None) -> Tensor | None:
         """The scale of the output: that at which its largest value is the largest fp8 number; 1 where it is no fp8."""
         site = job.site
         if old is None or site.scale is None:
@@ -188,7 +188,7 @@ class Bakery:
         self.tick(made.nbytes)
 
     def _added(
-        self, desk: _Desk, stored: Tensor, scale: Tensor | None, adders: Sequence[Adder], row: int
+        self, desk: Desk, stored: Tensor, scale: Tensor | None, adders: Sequence[Adder], row: int
     ) -> tuple[Tensor, Tensor]:
         """The base and base + everything that is added, float32, in the order of the adapters."""
         base = desk.room("base", stored.shape).copy_(stored)
@@ -199,7 +199,7 @@ class Bakery:
             one.add(total, base, row)
         return base, total
 
-    def _rounded(self, job: _Job, desk: _Desk, total: Tensor, scale: Tensor | None, row: int) -> Tensor:
+    def _rounded(self, job: _Job, desk: Desk, total: Tensor, scale: Tensor | None, row: int) -> Tensor:
         site = job.site
         by_chance = self.how.rounding == "stochastic" and bool(site.parts) and site.dtype not in WIDE
         if not by_chance and site.dtype not in FP8:
@@ -211,10 +211,10 @@ class Bakery:
             noise = uniform((len(total), columns), row * columns, seed, total.device)
         return rounded(total if scale is None else total / scale, site.dtype, noise)
 
-    def _desk(self, device: str) -> _Desk:
-        desks: dict[str, _Desk] = self._local.__dict__.setdefault("desks", {})
+    def _desk(self, device: str) -> Desk:
+        desks: dict[str, Desk] = self._local.__dict__.setdefault("desks", {})
         if device not in desks:
-            desks[device] = _Desk(device)
+            desks[device] = Desk(device)
         return desks[device]
 
 
@@ -260,7 +260,7 @@ class _Sums:
         return found
 
 
-class _Desk:
+class Desk:
     """What one thread reads into and writes from, for one device."""
 
     def __init__(self, device: str) -> None:

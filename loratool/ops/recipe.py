@@ -87,7 +87,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
     place = Path(path)
     files = adapter_files(place)
     if files == [place]:
-        return _of_file(place)
+        return file_sha256(place)
     return _of_files(place if place.is_dir() else place.parent, files)
 
 
@@ -98,7 +98,7 @@ def checkpoint_sha256(path: str | os.PathLike[str]) -> str:
     """
     place = Path(path)
     if not place.is_dir():
-        return _of_file(place)
+        return file_sha256(place)
     return _of_files(place, sorted((*place.glob("*.safetensors"), *place.glob("*/*.safetensors"))))
 
 
@@ -118,13 +118,14 @@ def hashing(
 
 
 def _of_files(folder: Path, files: Sequence[Path]) -> str:
-    lines = [f"{file.relative_to(folder).as_posix()} {_of_file(file)}\n" for file in files]
+    lines = [f"{file.relative_to(folder).as_posix()} {file_sha256(file)}\n" for file in files]
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _of_file(path: Path) -> str:
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """sha256 of one file, 64 hexadecimal digits."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open(path, "rb") as file:  # noqa: PTH123
         while piece := file.read(4 << 20):
             digest.update(piece)
     return digest.hexdigest()

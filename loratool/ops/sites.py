@@ -196,9 +196,9 @@ class _Finder:
                 name = _with_renaming(path, base.renamed.get(component, ("", "")))
                 if name in tensors and tensors[name].shape == tensor.shape:
                     rows = tensor.shape[0] if tensor.shape else 1
-                    self._note(
-                        index, name, component, Fixed(tensor, 0, one.weight, 0, rows, True, key, one.adapter.path)
-                    )
+                    fixed = Fixed(tensor, 0, one.weight, 0, rows, True, key, one.adapter.path)
+                    if one.weight:
+                        self._note(index, name, component, fixed)
                     yield key
 
     def _note(self, index: int, key: str, component: str, part: Part | Fixed) -> None:

@@ -159,7 +159,7 @@ class _Sum:
 
     def add(self, total: Tensor, base: Tensor, row: int) -> None:
         part = self._part
-        found = _block(part, self._update, row, len(total))
+        found = block_of(part, self._update, row, len(total))
         if found is not None:
             update, here = found
             if part.strength != 1:
@@ -167,7 +167,7 @@ class _Sum:
             total[here] += update.T if part.span.transposed else update
 
 
-def _block(part: Part, update: Update, row: int, height: int) -> tuple[Tensor, tuple[slice, slice]] | None:
+def block_of(part: Part, update: Update, row: int, height: int) -> tuple[Tensor, tuple[slice, slice]] | None:
     """The part of an update, as (out, in), that falls on stored rows `row:row + height`, and where it goes there."""
     span = part.span
     if span.transposed:
@@ -178,6 +178,20 @@ def _block(part: Part, update: Update, row: int, height: int) -> tuple[Tensor, t
         return None
     start = span.start + a - part.first
     return update.rows(start, start + b - a), (slice(a - row, b - row), slice(None))
+
+
+def dora_gain(part: Part, update: Update, weight: Tensor, row: int, norm: str, device: str) -> Tensor:
+    """What a DoRA part multiplies W + delta by, in stored rows `row:` whose base values are `weight` (float64).
+
+    A column with one value per row, or a row with one per column, of the block as `(out, in)`; float32. Empty where the
+    part changes none of these rows.
+    """
+    found = block_of(part, update, row, len(weight))
+    if found is None:
+        return torch.zeros(0, 1)
+    delta, here = found
+    rows = weight[here].T if part.span.transposed else weight[here]
+    return _Dora(part, update, norm, device, torch.float64).gain(part, row, rows, rows + delta).float()
 
 
 class _Dora:
@@ -195,7 +209,7 @@ class _Dora:
 
     def add(self, total: Tensor, base: Tensor, row: int) -> None:
         part = self._part
-        found = _block(part, self._update, row, len(total))
+        found = block_of(part, self._update, row, len(total))
         if found is None:
             return
         update, here = found
@@ -234,7 +248,7 @@ def _norms(part: Part, update: Update, device: str, work: torch.dtype, of_base: 
     for span, tensor, scale in part.places:
         whole = Part(module, 1.0, span, ())
         for row, block in blocks_of(tensor, scale, device, work):
-            here = _block(whole, update, row, len(block))
+            here = block_of(whole, update, row, len(block))
             if here is None:
                 continue
             values, at = here
