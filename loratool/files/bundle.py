@@ -130,8 +130,9 @@ def check_output(path: str | os.PathLike[str], inputs: list[str], folder: bool, 
     place = Path(path)
     for name in inputs:
         ours, theirs = Path(os.path.realpath(place)), Path(os.path.realpath(name))
-        if place.exists() and (ours == theirs or theirs in ours.parents or ours in theirs.parents):
-            where = "is" if ours == theirs else "is part of" if theirs in ours.parents else "holds"
+        inside = theirs in ours.parents and theirs.is_dir()  # also of what is not there yet
+        if inside or (place.exists() and (ours == theirs or ours in theirs.parents)):
+            where = "is part of" if inside else "is" if ours == theirs else "holds"
             message = f"the output {where} an input; an input is never changed"
             raise LoratoolError(message, file=str(path), hint="choose another -o")
     if not place.parent.is_dir():

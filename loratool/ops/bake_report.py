@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -99,7 +98,7 @@ def bake_report(
 ) -> BakeReport:
     """The report of a bake, or of a plan (`survivals` None), without what only its writing tells."""
     sites = task.found.sites
-    missing = Counter(one.adapter for one in task.found.unmatched)
+    missing = {(one.adapter, one.title) for one in task.found.unmatched}
     return BakeReport(
         base=task.checkpoint.path,
         output=None,
@@ -113,7 +112,7 @@ def bake_report(
                 blocks=one.blocks if isinstance(one.blocks, str) else None,
                 layout=opened.adapter.layout,
                 modules=len(opened.adapter.modules),
-                matched=len(opened.adapter.modules) - missing[opened.adapter.path],
+                matched=sum((opened.adapter.path, module.title) not in missing for module in opened.adapter.modules),
                 dora=sum(module.magnitude is not None for module in opened.adapter.modules),
             )
             for one, opened, digest in zip(asked, task.inputs, digests, strict=True)

@@ -83,7 +83,15 @@ def prepared(
             hint="name a checkpoint of the adapter's model" if not found.silent else "every strength is 0",
         )
     files = tuple(_files(checkpoint, found.sites))
-    return Task(checkpoint, known or model_of(checkpoint), inputs, found, files, tuple(_notes(checkpoint, found.sites)))
+    return Task(
+        checkpoint, known or _model(checkpoint, inputs), inputs, found, files, tuple(_notes(checkpoint, found.sites))
+    )
+
+
+def _model(checkpoint: CheckpointFiles, inputs: Sequence[Input]) -> Architecture:
+    """The model of a checkpoint that is too small a part of one to tell: what the adapters are for."""
+    tables = [one.adapter.architecture for one in inputs if not one.adapter.architecture.open]
+    return tables[0] if tables else model_of(checkpoint)
 
 
 def _opened(

@@ -134,7 +134,8 @@ class Bakery:
         desk = self._desk(job.device)
         with desk.context():
             site, to = job.site, self.destinations[job.site.file]
-            adders = [adder(part, job.device, self.how.norm, room=desk.matrix) for part in site.parts]
+            desk.work = torch.float64 if site.tensor.dtype == "F64" else torch.float32
+            adders = [adder(part, job.device, self.how.norm, desk.work, desk.matrix) for part in site.parts]
             old = None if site.scale is None else scale_column(site.scale, job.device)
             scale = self._scale(job, desk, adders, old)
             survival = _Sums(job.device)
@@ -267,6 +268,7 @@ class Desk:
         self.device = device
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._rooms: dict[str, Tensor] = {}
+        self.work = torch.float32
         self._usual = 0 if device == "cpu" else 2 * GPU_BLOCK
         self._stream: Any = None if device == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
@@ -300,8 +302,12 @@ class Desk:
         at = start * columns * DTYPES[to.plan.entries[key][0]] // 8
         to.output.write(flat.numpy().data, to.plan.start(key) + at)
 
-    def room(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Memory on the device, the same for a name each time: new memory would cost more than computing in it."""
+    def room(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """Memory on the device, the same for a name each time: new memory would cost more than computing in it.
+
+        In the dtype of the computation, if none is given.
+        """
+        dtype = dtype or self.work
         nbytes = math.prod(shape) * dtype.itemsize
         if name not in self._rooms or self._rooms[name].numel() < nbytes:
             # At once what most blocks need: memory that is given back is not given to other threads.

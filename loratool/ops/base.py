@@ -42,8 +42,12 @@ def model_of(checkpoint: CheckpointFiles) -> Architecture:
     for folder, tensors in checkpoint.components.items():
         component = folder or _component(tensors)
         wrapper = next((w for w in _WRAPPERS if any(key.startswith(w) for key in tensors)), "")
-        voices[component] = Voice(wrapper, "base")
-        components[component] = _maker(_naming(component, wrapper, tensors, checkpoint.path))
+        naming = _naming(component, wrapper, tensors)
+        if naming:
+            voices[component] = Voice(wrapper, "base")
+            components[component] = _maker(naming)
+    if not components:
+        raise FormatError("holds no weights", file=checkpoint.path, hint="name a checkpoint")
     return Architecture(
         id="generic",
         title=f"the model in {Path(checkpoint.path).name}",
@@ -98,12 +102,10 @@ def _component(keys: Tensors) -> str:
     return "transformer" if any(key.startswith(_WRAPPERS) for key in keys) else "model"
 
 
-def _naming(component: str, wrapper: str, tensors: Tensors, path: str) -> Naming:
+def _naming(component: str, wrapper: str, tensors: Tensors) -> Naming:
     table = {}
     for key, tensor in tensors.items():
         if key.startswith(wrapper) and key.endswith(_WEIGHT) and tensor.shape:
             name = key[len(wrapper) : -len(_WEIGHT)]
             table[name] = (Target(component, name, tensor.shape),)
-    if not table:
-        raise FormatError("holds no weights", file=path, hint="name a checkpoint")
     return Naming(table)

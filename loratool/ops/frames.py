@@ -85,7 +85,7 @@ def corrected(frame: Frame, predicted: Tensor) -> Tensor:
     try:
         if frame.dense:
             off, _ = _next(frame.packed)
-            bits += torch.from_numpy(_joined(off, bits))
+            bits += _joined(off, bits)
         elif frame.packed:
             gaps, rest = _next(frame.packed)
             off, _ = _next(rest)
@@ -93,7 +93,7 @@ def corrected(frame: Frame, predicted: Tensor) -> Tensor:
             places = torch.from_numpy(np.cumsum(steps) - 1)
             if len(places) and int(places[-1]) >= len(bits):
                 raise FormatError("has more values than the tensor")
-            bits[places] += torch.from_numpy(_joined(off, bits))
+            bits[places] += _joined(off, bits)
     except (zlib.error, ValueError, struct.error, RuntimeError, IndexError) as error:
         raise FormatError(f"is damaged: {error}") from error
     return predicted
@@ -128,11 +128,12 @@ def _next(data: bytes) -> tuple[bytes, bytes]:
     return found, data[4 + nbytes :]
 
 
-def _joined(data: bytes, like: Tensor) -> Numbers:
+def _joined(data: bytes, like: Tensor) -> Tensor:
     size = like.element_size()
-    return _unshuffled(data, size).view(f"<i{size}")
+    return torch.from_numpy(_unshuffled(data, size).view(f"<i{size}"))
 
 
 def _unshuffled(data: bytes, size: int) -> NDArray[np.uint8]:
     planes = np.frombuffer(data, np.uint8).reshape(size, -1)
-    return np.ascontiguousarray(planes.T).reshape(-1)
+    found: NDArray[np.uint8] = planes.T.copy().reshape(-1)
+    return found

@@ -88,7 +88,9 @@ class Back:
 
         `old` and `new` are the fp8 scales before and after (columns for these rows). Float64 throughout.
         """
-        total = written.double() if new is None else written.double() * new.double()
+        total = written.to(torch.float64, copy=True)  # a copy: float64 is what it may be already
+        if new is not None:
+            total = total * new.double()
         share = torch.ones(1, 1, dtype=torch.float64, device=total.device)
         left = list(gains)
         for part, made in zip(self.parts, self._updates, strict=True):
