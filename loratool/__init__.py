@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from loratool.core.errors import LoratoolError
     from loratool.ops.convert import convert
     from loratool.ops.convert_file import convert_file
+    from loratool.ops.extract_file import extract_file
     from loratool.ops.inspect import inspect
     from loratool.ops.merge import merge
     from loratool.ops.merge_files import merge_files
@@ -28,6 +29,7 @@ _HOME = {
     "LoratoolError": "loratool.core.errors",
     "convert": "loratool.ops.convert",
     "convert_file": "loratool.ops.convert_file",
+    "extract_file": "loratool.ops.extract_file",
     "inspect": "loratool.ops.inspect",
     "merge": "loratool.ops.merge",
     "merge_files": "loratool.ops.merge_files",
@@ -43,6 +45,7 @@ __all__ = [
     "LoratoolError",
     "convert",
     "convert_file",
+    "extract_file",
     "inspect",
     "merge",
     "merge_files",

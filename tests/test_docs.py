@@ -11,17 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 import typer.main
 
 import loratool
 from loratool.cli.info import info as info_command
 from loratool.cli.main import COMMANDS, app, command
+from loratool.core.adapter import Bundle
 from loratool.core.registry import architectures, families, layouts, methods
+from loratool.core.tensor import LazyTensor
 from loratool.ops.approximate import Approximated
 from loratool.ops.bases import add_base, known_bases
 from loratool.ops.blocks import blocks_of
 from loratool.ops.convert_file import convert_file
+from loratool.ops.extract import Wish
+from loratool.ops.extract_file import extract_file
 from loratool.ops.inputs import Asked
 from loratool.ops.inspect import inspect
 from loratool.ops.made import Held
@@ -32,9 +37,11 @@ from loratool.ops.ranks import parse_rule
 from loratool.ops.replay import replay_file
 from loratool.ops.resize_file import resize_file
 from loratool.ops.save import Proof
+from loratool.ops.summary import Summary
 from loratool.report import bases as bases_report
 from loratool.report import blocks as blocks_report
 from loratool.report import convert as convert_report
+from loratool.report import extract as extract_report
 from loratool.report import info as info_report
 from loratool.report import merge as merge_report
 from loratool.report import methods as methods_report
@@ -139,9 +146,27 @@ def test_json_fields(file: Path, tmp_path: Path) -> None:
         "outcomes: components": outcome["components"][0],
         "held": outcome["held"],
         **merge_fields(file, tmp_path),
+        **extract_fields(tmp_path),
         **bases_fields(tmp_path / "home"),
     }
     assert sections(DOCS / "json.md") == {name: list(value) for name, value in expected.items()}
+
+
+def extract_fields(tmp_path: Path) -> dict[str, Any]:
+    """The fields of what `extract` tells, by their sections."""
+    sides = []
+    for at, name in enumerate(("before", "after")):
+        tensors = {"a.proj.weight": torch.eye(4) * (at + 1), "a.norm.weight": torch.ones(4) * at}
+        stored = {key: LazyTensor.from_torch(tensor) for key, tensor in tensors.items()}
+        sides.append(write_file(tmp_path / f"{name}.safetensors", Bundle(stored)))
+    done = extract_file(sides[0], sides[1], tmp_path / "difference.safetensors", Wish(parse_rule("rank", "2")))
+    told = extract_report.as_json(done)
+    assert told["components"][0].keys() == {field.name for field in fields(Summary)}
+    return {
+        "loratool extract --json": told,
+        "extract: modules": told["modules"][0],
+        "extract: others": told["others"][0],
+    }
 
 
 def merge_fields(file: Path, tmp_path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -28,6 +29,8 @@ def asked_for(inputs: Sequence[str], weights: str | None, blocks: Sequence[str])
         if own is not None and other is not None:
             raise UsageError(f"has the weight {own:g} of its own and {other:g} from --weights", file=path)
         weight = own if own is not None else other
+        if weight is not None and not math.isfinite(weight):
+            raise UsageError(f"its strength is {weight:g}, expected a finite number", file=path)
         asked.append(Asked(path, 1.0 if weight is None else weight, spec))
     return asked
 

@@ -134,7 +134,8 @@ def bake(
         )
         asked = _asked(inputs or [], weights, blocks or [], prompt)
         where = _base(base, download)
-        _check_specs(output, blocks or [])
+        for written in (output, undo):
+            _check_specs(written, blocks or [])
         with bars(err()) as progress:
             done = bake_file(
                 where,

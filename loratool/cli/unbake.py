@@ -56,6 +56,8 @@ def unbake(
             raise UsageError("-o is missing: where to write the base")
         if undo is not None and inputs:
             raise UsageError("--undo knows what was baked", hint="name the undo file, or the LoRA files, not both")
+        if undo is not None and weights is not None:
+            raise UsageError("--weights are for LoRA files; --undo knows the strengths")
         devices = tuple(devices_named(device))
         with bars(err()) as progress:
             if undo is not None:

@@ -74,7 +74,7 @@ def sdxl_unet() -> UNet2DConditionModel:
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=88,
+        projection_class_embeddings_input_dim=6 * 8 + 56,  # six sizes, and what CLIP-G projects to
     )
 
 
@@ -321,11 +321,13 @@ def kohya_file(
     alphas: Sequence[float] = (2.0,),
     only: Callable[[str], bool] = lambda stem: True,
     dora: bool = False,
+    size: float = 1.0,
     seed: int = 0,
 ) -> Path:
     """A float32 file in kohya's key grammar with random values, over a random `share` of every Linear and convolution.
 
-    Rank and alpha of each module are drawn from `ranks` and `alphas`; `only` says which stems may occur.
+    Rank and alpha of each module are drawn from `ranks` and `alphas`; `only` says which stems may occur. All updates
+    are multiplied by `size`: a model whose weights they outweigh by far turns every rounding into another picture.
     """
     draw = random.Random(seed)
     values = torch.Generator().manual_seed(seed)
@@ -336,7 +338,7 @@ def kohya_file(
         rank, alpha = draw.choice(ranks), draw.choice(alphas)
         ones = (1,) * (len(shape) - 2)
         tensors[f"{stem}.lora_down.weight"] = torch.randn(rank, *shape[1:], generator=values)
-        tensors[f"{stem}.lora_up.weight"] = torch.randn(shape[0], rank, *ones, generator=values) / rank
+        tensors[f"{stem}.lora_up.weight"] = torch.randn(shape[0], rank, *ones, generator=values) * size / rank
         tensors[f"{stem}.alpha"] = torch.tensor(alpha)
         if dora:
             tensors[f"{stem}.dora_scale"] = torch.rand(shape[0], 1, *ones, generator=values) + 0.5
