@@ -29,6 +29,7 @@ bench: $(STAMP)
 	$(VENV)/bin/python benchmarks/convert.py
 	$(VENV)/bin/python benchmarks/resize.py
 	$(VENV)/bin/python benchmarks/merge.py
+	$(VENV)/bin/python benchmarks/bake.py
 
 clean:
 	rm -rf $(VENV) demo-out

@@ -1,4 +1,4 @@
-"""loratool: inspect, convert, merge and resize LoRA files.
+"""loratool: inspect, convert, merge, resize, bake and extract LoRA files.
 
 The front door of the library. Names are imported when they are first used: `import loratool` costs nothing.
 """
@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from loratool.core.adapter import Adapter
     from loratool.core.errors import LoratoolError
+    from loratool.ops.bake_file import bake_file
     from loratool.ops.convert import convert
     from loratool.ops.convert_file import convert_file
     from loratool.ops.extract_file import extract_file
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
     from loratool.ops.resize import resize
     from loratool.ops.resize_file import resize_file
     from loratool.ops.save import save
+    from loratool.ops.unbake_file import unbake_file
 
 _HOME = {
     "Adapter": "loratool.core.adapter",
     "LoratoolError": "loratool.core.errors",
+    "bake_file": "loratool.ops.bake_file",
     "convert": "loratool.ops.convert",
     "convert_file": "loratool.ops.convert_file",
     "extract_file": "loratool.ops.extract_file",
@@ -38,11 +41,13 @@ _HOME = {
     "resize": "loratool.ops.resize",
     "resize_file": "loratool.ops.resize_file",
     "save": "loratool.ops.save",
+    "unbake_file": "loratool.ops.unbake_file",
 }
 
 __all__ = [
     "Adapter",
     "LoratoolError",
+    "bake_file",
     "convert",
     "convert_file",
     "extract_file",
@@ -54,6 +59,7 @@ __all__ = [
     "resize",
     "resize_file",
     "save",
+    "unbake_file",
 ]
 
 

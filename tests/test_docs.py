@@ -22,6 +22,9 @@ from loratool.core.adapter import Bundle
 from loratool.core.registry import architectures, families, layouts, methods
 from loratool.core.tensor import LazyTensor
 from loratool.ops.approximate import Approximated
+from loratool.ops.bake_check import Checked
+from loratool.ops.bake_file import bake_file
+from loratool.ops.bake_task import Options
 from loratool.ops.bases import add_base, known_bases
 from loratool.ops.blocks import blocks_of
 from loratool.ops.convert_file import convert_file
@@ -38,6 +41,8 @@ from loratool.ops.replay import replay_file
 from loratool.ops.resize_file import resize_file
 from loratool.ops.save import Proof
 from loratool.ops.summary import Summary
+from loratool.ops.unbake_file import unbake_file
+from loratool.report import bake as bake_report
 from loratool.report import bases as bases_report
 from loratool.report import blocks as blocks_report
 from loratool.report import convert as convert_report
@@ -47,6 +52,8 @@ from loratool.report import merge as merge_report
 from loratool.report import methods as methods_report
 from loratool.report import replay as replay_report
 from loratool.report import resize as resize_report
+from loratool.report import unbake as unbake_report
+from tests.bakes import KEYS, K, Q, kohya, noise, save
 from tests.builders import build, typical_parts, write_file
 from tests.checkpoints import sparse_checkpoint
 
@@ -146,10 +153,32 @@ def test_json_fields(file: Path, tmp_path: Path) -> None:
         "outcomes: components": outcome["components"][0],
         "held": outcome["held"],
         **merge_fields(file, tmp_path),
+        **bake_fields(tmp_path),
         **extract_fields(tmp_path),
         **bases_fields(tmp_path / "home"),
     }
     assert sections(DOCS / "json.md") == {name: list(value) for name, value in expected.items()}
+
+
+def bake_fields(tmp_path: Path) -> dict[str, Any]:
+    """The fields of what `bake` and `unbake` tell, by their sections."""
+    folder = tmp_path / "bakes"
+    base = save(folder / "base.safetensors", {KEYS[Q]: noise(16, 8)})
+    lora = save(folder / "lora.safetensors", kohya({Q: (16, 8), K: (16, 8)}))
+    output, undo = folder / "baked.safetensors", folder / "undo"
+    done = bake_file(base, [Asked(str(lora))], output, Options(allow_unmatched=True), undo=undo)
+    told = bake_report.as_json(done, tensors=True)
+    assert told["checked"].keys() == {field.name for field in fields(Checked)}
+    return {
+        "loratool bake --json": told,
+        "bake: adapters": told["adapters"][0],
+        "bake: components": told["components"][0],
+        "bake: tensor_list": told["tensor_list"][0],
+        "bake: unmatched": told["unmatched"][0],
+        "bake: checked": told["checked"],
+        "bake: memory": told["memory"],
+        "loratool unbake --json": unbake_report.as_json(unbake_file(output, undo, folder / "again.safetensors")),
+    }
 
 
 def extract_fields(tmp_path: Path) -> dict[str, Any]:

@@ -48,7 +48,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     name="loratool",
     cls=_Group,
-    help="Inspect, convert, merge and resize LoRA files.",
+    help="Inspect, convert, merge, resize, bake and extract LoRA files.",
     rich_markup_mode="markdown",  # else Rich keeps the line breaks of docstrings
     no_args_is_help=True,
     add_completion=False,
@@ -69,4 +69,4 @@ def _version(value: bool) -> None:
 def _root(
     version: bool = typer.Option(False, "--version", help="Show the version.", callback=_version, is_eager=True),
 ) -> None:
-    """Inspect, convert, merge and resize LoRA files."""
+    """Inspect, convert, merge, resize, bake and extract LoRA files."""

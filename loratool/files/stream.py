@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -94,7 +93,6 @@ class Output:
 
     def __init__(self, path: str | os.PathLike[str], head: int, plan: Plan) -> None:
         self._path = os.fspath(path)
-        self._lock = threading.Lock()
         self.head = head
         try:
             self.fd = os.open(self._path, os.O_RDWR | getattr(os, "O_BINARY", 0))
@@ -154,9 +152,7 @@ class Output:
         try:
             done = 0
             while done < data.nbytes:
-                # The system lets one thread at a time write to a file: those that wait there slow it down.
-                with self._lock:
-                    done += os.pwrite(self.fd, data[done:], at + done)
+                done += os.pwrite(self.fd, data[done:], at + done)
         except OSError as error:
             raise self._failed(error) from error
 

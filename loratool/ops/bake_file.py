@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from loratool.ops import recipe
 from loratool.ops.bake_copy import Copier
 from loratool.ops.bake_folder import restate
 from loratool.ops.bake_report import BakeReport, bake_report
-from loratool.ops.bake_task import FileTask, Options, Task, prepared, record, with_record
+from loratool.ops.bake_task import FileTask, Options, Task, planned_size, prepared, record, with_record
 from loratool.ops.bake_write import Progress, Ticker, size_of, temporary_places
 from loratool.ops.inputs import Asked
 
@@ -44,15 +45,18 @@ def bake_file(
     """Adds adapters to the checkpoint at `base` (a file or folder) and writes the result; `output` None only plans it.
 
     Every weight becomes round(W + sum of strength * delta), computed in float32 and rounded once. Everything else
-    keeps its bytes. `undo` names a file to write that gives the base back bit for bit; without one, `recorder` may look
-    on. Raises LoratoolError before
-    anything is read for an output that cannot be written, and for modules without a weight (unless allowed).
+    keeps its bytes. `undo` names a file to write that gives the base back bit for bit; without one, `recorder` may
+    look on. Raises LoratoolError before anything is read for an output that cannot be written, and for modules without
+    a weight (unless allowed).
     """
     started = time.perf_counter()
     options = options or Options()
     paths = [os.fspath(base), *(one.path for one in asked)]
     if not asked and options.dtype is None:
         raise UsageError("nothing to bake", hint="name at least one LoRA file")
+    for one in asked:
+        if not math.isfinite(one.weight):
+            raise UsageError(f"its strength is {one.weight}, expected a finite number", file=one.path)
     if output is not None:
         check_output(output, paths, os.path.isdir(base), options.overwrite)
     if undo is not None:
@@ -61,10 +65,9 @@ def bake_file(
         check_output(undo, [*paths, *([os.fspath(output)] if output is not None else [])], False, options.overwrite)
     hashes = recipe.hashing([one.path for one in asked])
     task = prepared(base, asked, options, architecture)
-    size = sum(file.header.size_bytes for one in task.checkpoint.sets for file in one.files)
     if output is None:
         report = bake_report(task, asked, hashes(), options, None)
-        return replace(report, size=size, seconds=time.perf_counter() - started)
+        return replace(report, size=planned_size(task), seconds=time.perf_counter() - started)
     check_room(Path(output).parent, sum(file.plan.nbytes for file in task.files))
     report = _Bake(task, asked, options, Path(output), undo, recorder, hashes, progress).run()
     return replace(report, size=size_of(Path(output)), seconds=time.perf_counter() - started)

