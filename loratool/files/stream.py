@@ -127,26 +127,24 @@ class Output:
             raise ValueError(f"the header has {len(header)} bytes, announced {self.head}")
         self._write(memoryview(header), 0)
 
-    def copy(self, source: FileRange, what: Copy, buffer: bytearray) -> None:
-        """Copies bytes of an open file, through a buffer."""
-        view = memoryview(buffer)
-        for part in what.parts(len(buffer)):
-            piece = view[: part.nbytes]
-            source.file.readinto(piece, part.source)
-            self.write(piece, part.target)
+    def copy(self, source: FileRange, what: Copy, buffers: tuple[bytearray, bytearray], verify: bool) -> None:
+        """Copies bytes of an open file, through buffers of one size.
 
-    def check(self, source: FileRange, what: Copy, buffers: tuple[bytearray, bytearray]) -> None:
-        """Raises FormatError unless the bytes that were copied are those of the source. Buffers are of one size."""
+        With `verify` they are read back piece by piece and compared. Raises FormatError for a difference.
+        """
         ours, theirs = buffers
         for part in what.parts(len(ours)):
-            source.file.readinto(memoryview(ours)[: part.nbytes], part.source)
-            self.read(memoryview(theirs)[: part.nbytes], part.target)
-            if ours[: part.nbytes] != theirs[: part.nbytes] if part.nbytes < len(ours) else ours != theirs:
-                raise FormatError(
-                    f"bytes {part.source} to {part.source + part.nbytes} are not the same in what was written",
-                    file=source.file.path,
-                    hint="something else writes to the file, or the disk is bad: nothing was kept",
-                )
+            piece = memoryview(ours)[: part.nbytes]
+            source.file.readinto(piece, part.source)
+            self.write(piece, part.target)
+            if verify:
+                self.read(memoryview(theirs)[: part.nbytes], part.target)
+                if ours[: part.nbytes] != theirs[: part.nbytes] if part.nbytes < len(ours) else ours != theirs:
+                    raise FormatError(
+                        f"bytes {part.source} to {part.source + part.nbytes} are not the same in what was written",
+                        file=source.file.path,
+                        hint="the disk may be bad: nothing was kept",
+                    )
 
     def _write(self, data: memoryview, at: int) -> None:
         try:

@@ -1,7 +1,8 @@
-"""Copying what a bake does not change, in the background, and comparing it with the base. Needs no torch."""
+"""Copying what a bake does not change, in the background, compared with the base. Needs no torch."""
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,28 +14,29 @@ from loratool.ops.bake_task import FileTask
 
 COPIERS = 2
 _PART = 32 << 20
+_TURN = 1e-4
 
 Tick = Callable[[int], None]
 """Called with so many more bytes done."""
 
 
 class Copier:
-    """Copies the untouched bytes of files in threads of its own, and then compares them if `verify` says so.
+    """Copies the untouched bytes of files in threads of its own, and compares them if `verify` says so.
 
-    Begins at once; leaving the block ends the threads, also if not all is done.
+    Begins at once; leaving the block ends the threads, also if not all is done. `compared` counts bytes.
     """
 
     def __init__(
-        self, files: Sequence[FileTask], outputs: Mapping[WeightFile, Output], verify: bool, tick: Tick, compared: Tick
+        self, files: Sequence[FileTask], outputs: Mapping[WeightFile, Output], verify: bool, tick: Tick
     ) -> None:
-        self._outputs, self._tick, self._compared = outputs, tick, compared
+        self._outputs, self._verify, self._tick = outputs, verify, tick
         self._buffers = threading.local()
         self._pool = ThreadPoolExecutor(COPIERS, "loratool-copy")
+        # Threads that read and write all the time get their turn soon, also beside one that computes in Python.
+        self._before = sys.getswitchinterval()
+        sys.setswitchinterval(_TURN)
         parts = [(one.file, part) for one in files for what in one.copies for part in what.parts(_PART)]
-        copied: list[Future[None]] = [self._pool.submit(self._copy, *part) for part in parts]
-        # Behind all copies: a comparison only ever waits for a copy that has begun.
-        checks = zip(copied, parts, strict=True) if verify else ()
-        self._futures = [*copied, *(self._pool.submit(self._compare, done, *part) for done, part in checks)]
+        self._futures: list[Future[None]] = [self._pool.submit(self._copy, *part) for part in parts]
         self.compared = sum(part.nbytes for _, part in parts) if verify else 0
 
     def __enter__(self) -> Copier:
@@ -43,6 +45,7 @@ class Copier:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        sys.setswitchinterval(self._before)
         self._pool.shutdown(cancel_futures=True)
 
     def wait(self) -> None:
@@ -50,19 +53,9 @@ class Copier:
         for future in self._futures:
             future.result()
 
-    def _pair(self) -> tuple[bytearray, bytearray]:
+    def _copy(self, file: WeightFile, what: Copy) -> None:
         if not hasattr(self._buffers, "pair"):
             self._buffers.pair = bytearray(PIECE), bytearray(PIECE)
-        pair: tuple[bytearray, bytearray] = self._buffers.pair
-        return pair
-
-    def _copy(self, file: WeightFile, what: Copy) -> None:
         source = stretch(next(iter(file.header.tensors.values())))
-        self._outputs[file].copy(source, what, self._pair()[0])
+        self._outputs[file].copy(source, what, self._buffers.pair, self._verify)
         self._tick(what.nbytes)
-
-    def _compare(self, copied: Future[None], file: WeightFile, what: Copy) -> None:
-        copied.result()
-        source = stretch(next(iter(file.header.tensors.values())))
-        self._outputs[file].check(source, what, self._pair())
-        self._compared(what.nbytes)

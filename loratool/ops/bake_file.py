@@ -120,8 +120,7 @@ class _Bake:
         """Fills the files; also what was found, and the function that writes the undo file."""
         files, verify = self.task.files, self.options.verify
         written = Ticker(self.progress, "writing", sum(one.plan.nbytes for one in files))
-        compared = Ticker(self.progress, "comparing", sum(what.nbytes for one in files for what in one.copies))
-        with Copier(files, outputs, verify, written, compared) as copier, self._hashing() as bases:
+        with Copier(files, outputs, verify, written) as copier, self._hashing() as bases:
             # Imported while bytes are copied: torch takes a second or two to begin.
             from loratool.ops import bake_check, baking
 

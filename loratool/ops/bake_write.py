@@ -13,7 +13,7 @@ from loratool.files.checkpoint import CheckpointFiles, WeightFile
 from loratool.ops.bake_folder import Others, bring_others
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total): bytes while writing, comparing and hashing, tensors otherwise."""
+"""Called with (stage, done, total): bytes while writing, tensors otherwise."""
 
 
 @dataclass(frozen=True)

@@ -161,8 +161,7 @@ def _restore(
     progress: Progress | None,
 ) -> None:
     tick = Ticker(progress, "writing", sum(task.plan.nbytes for task in tasks))
-    compared = Ticker(progress, "comparing", sum(what.nbytes for task in tasks for what in task.copies))
-    with Copier(tasks, outputs, True, tick, compared) as copier:
+    with Copier(tasks, outputs, True, tick) as copier:
         destinations = {task.file: Destination(outputs[task.file], task.plan) for task in tasks}
         jobs = [(site, told, devices[at % len(devices)]) for at, (site, told) in enumerate(sites)]
         workers = GPU_THREADS * len(devices) if devices[0] != "cpu" else threads()

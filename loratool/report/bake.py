@@ -76,11 +76,8 @@ def _output(report: BakeReport) -> Facts:
     if report.linked or report.copied:
         yield "", f"other files: {report.linked:,} linked, {report.copied:,} copied", ""
     if report.dtype is not None:
-        yield (
-            "dtype",
-            f"{report.dtype}, of all weights" + (" but vectors and scales" if report.dtype.startswith("F8") else ""),
-            "",
-        )
+        but = " but vectors and scales" if report.dtype.startswith("F8") else ""
+        yield "dtype", f"all weights{but} are {report.dtype} now", ""
     if report.rounding != "nearest":
         yield "rounding", f"{report.rounding}, seed {report.seed}", ""
     if report.undo is not None:
