@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from _measure import LORATOOL, MB, PYTHON, Budget, folder, fresh, in_turns, memory, ratio, run, verdict, write_trained
+from _measure import LORATOOL, MB, PYTHON, Budget, folder, fresh, in_turns, ratio, run, verdict, write_trained
 
 COPIES = {"cpu": 3.0, "cuda": 1.0}
 """Of the time of `cp`, at most."""
@@ -100,8 +100,7 @@ def on_cpu(models: list[str], times: int) -> int:
                 ratio(f"{name}: of cp and sync", ours, found["flushed"], COPIES["cpu"]),
                 ratio(f"{name}: a 5th of load, float32, add, save", ours, found["wide"], 1 / FASTER),
                 ratio(f"{name}: of load, add, save in fp16", ours, found["script"], 1.0),
-                memory(f"{name}: memory", ours, HOST),
-                memory(f"{name}: memory of load, float32, add, save", found["wide"], 1 << 40),
+                Budget(f"{name}: memory", ours.peak / MB, HOST / MB, "MB", f"theirs {found['wide'].peak / MB:,.0f} MB"),
             ]
             base.unlink()
     return verdict(f"loratool bake on the CPU, median of {times}", budgets)
