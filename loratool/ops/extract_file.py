@@ -267,6 +267,9 @@ def _notes(sides: Sides, places: Places, layout: Layout) -> tuple[str, ...]:
     unspoken = [c for c in sides.components if c not in sides.architecture.writes.get(layout.id, {})]
     if unspoken:
         notes.append(f"{layout.id} has no spelling for {', '.join(unspoken)}: left out")
+    if sides.outside:
+        what = f"{sides.outside} weights outside of the diffusion model (text encoders, a VAE) were not compared"
+        notes.append(f"{what}: if the model is a known one, name it with --architecture")
     ignored = [c for c in sides.base.components if c in sides.tuned.components and c not in sides.components]
     if ignored:
         notes.append(f"no LoRA is made for {', '.join(ignored)}")

@@ -129,6 +129,18 @@ class Sides:
         )
         return before, after
 
+    @property
+    def outside(self) -> int:
+        """Weights of a file without a table that are outside of its diffusion model: nothing is made of them."""
+        if self.architecture.id != "generic":
+            return 0
+        named = {c: self.base.voices[c].prefix for c in self.components}
+        return sum(
+            key.endswith(".weight") and not key.startswith(prefix)
+            for component, prefix in named.items()
+            for key in self.base.components[component]
+        )
+
     def others(self) -> Iterator[tuple[LazyTensor, LazyTensor]]:
         """Parameters beside weights and biases (TUNED's and BASE's) that no table names: a modulation, a scale."""
         for component in self.components if self.architecture.id == "generic" else ():

@@ -722,3 +722,16 @@ def test_the_layout_fits_the_model(trained: tuple[Path, Path]) -> None:
     assert extract_file(*trained, None, wish()).layout == "kohya"
     report: ExtractReport = extract_file(*trained, None, wish(), to="diffusers")
     assert report.layout == "diffusers" and "diffusers" in layouts()
+
+
+def test_what_a_part_of_a_model_leaves_out_is_told(tmp_path: Path) -> None:
+    """Too few weights to tell the model by: only the diffusion model's are compared, and the rest is counted."""
+    before = {
+        "model.diffusion_model.input_blocks.1.1.proj_in.weight": noise((16, 16), 1),
+        "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight": noise((16, 16), 2),
+        "first_stage_model.decoder.conv_in.weight": noise((16, 16), 3),
+    }
+    base = save(tmp_path / "base.safetensors", before)
+    tuned = save(tmp_path / "tuned.safetensors", {key: tensor + 0.1 * tensor.T for key, tensor in before.items()})
+    report = extract_file(base, tuned, tmp_path / "out.safetensors", wish())
+    assert len(report.notes) == 1 and report.notes[0].startswith("2 weights outside of the diffusion model")
