@@ -34,7 +34,8 @@ _WORK = 1e-5
 class Checked:
     """What reading the output back showed: `bytes` of untouched data are the base's, `rows` of `tensors` are right.
 
-    `worst` is the largest difference of a value from what float64 gives, in units of the last place of its dtype.
+    `worst` is the largest difference of a value from what float64 gives, in units of the last place of its dtype, or of
+    what it is the sum of, where that is larger.
     """
 
     bytes: int
@@ -115,7 +116,10 @@ def _off(site: Site, to: Destination, how: How, rows: Sequence[int]) -> float:
             key=site.key,
             hint="nothing was kept; please report this",
         )
-    return float((off / ulp)[finite].max()) if bool(finite.any()) else 0.0
+    # In units of the larger of what was added: where two numbers cancel, their own rounding errors are what is left.
+    terms = torch.maximum(exact.abs(), torch.maximum(base.abs(), (exact - base).abs()))
+    units = _ulp(terms / unit, site.dtype) * unit
+    return float((off / units)[finite].max()) if bool(finite.any()) else 0.0
 
 
 def _written(site: Site, to: Destination, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
