@@ -61,7 +61,7 @@ def bake(
     ] = None,
     prompt: Annotated[
         Optional[str],
-        typer.Option("--prompt", metavar="TEXT", help="Take LoRAs and strengths from a WebUI prompt: `<lora:name:0.8>`."),
+        typer.Option("--prompt", metavar="TEXT", help="LoRAs and strengths as in a WebUI prompt: `<lora:name:0.8>`."),
     ] = None,
     architecture: Annotated[
         Optional[str],
