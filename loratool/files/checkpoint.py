@@ -57,11 +57,6 @@ class WeightSet:
         """Which file holds which key."""
         return {key: file for file in self.files for key in file.header.tensors}
 
-    @property
-    def title(self) -> str:
-        """How messages call it: its only file, or the folder."""
-        return self.files[0].name if len(self.files) == 1 else f"{self.folder or '.'} ({len(self.files)} shards)"
-
 
 @dataclass(frozen=True, eq=False)
 class CheckpointFiles:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 
 from loratool.core.adapter import Adapter
@@ -104,7 +104,6 @@ class Sites:
     sites: tuple[Site, ...]
     unmatched: tuple[Unmatched, ...]
     silent: int = 0
-    notes: tuple[str, ...] = field(default=())
 
 
 def find_sites(checkpoint: CheckpointFiles, inputs: Sequence[Input], dtype: str | None = None) -> Sites:

@@ -63,7 +63,6 @@ def test_shards_with_their_index_are_one_set(tmp_path: Path) -> None:
     assert {key: file.name for key, file in found.sets[0].homes.items()} == names
     assert list(found.sets[0].tensors) == list(names)
     assert found.size_bytes == sum((tmp_path / name).stat().st_size for name in SHARDS)
-    assert found.sets[0].title == ". (2 shards)"
 
 
 def test_shards_without_an_index_are_one_set(tmp_path: Path) -> None:
@@ -80,7 +79,6 @@ def test_a_variant_beside_the_full_weights_is_a_set_of_its_own(tmp_path: Path) -
         ("unet", None, ["unet/diffusion_pytorch_model.fp16.safetensors"]),
         ("unet", None, ["unet/diffusion_pytorch_model.safetensors"]),
     ]
-    assert found.sets[0].title == "unet/diffusion_pytorch_model.fp16.safetensors"
     assert list(found.components) == ["unet"]
 
 
