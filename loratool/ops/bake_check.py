@@ -16,7 +16,7 @@ from loratool.core.tensor import DTYPES, torch_dtype
 from loratool.files.checkpoint import WeightFile
 from loratool.ops.baking import Destination, How
 from loratool.ops.pool import alone
-from loratool.ops.rounding import FP8, largest
+from loratool.ops.rounding import FP8, largest, ulp
 from loratool.ops.sites import Site
 from loratool.ops.stored import dequantised, size_of, weight_rows
 from loratool.ops.updates import adder
@@ -100,10 +100,10 @@ def _off(site: Site, to: Destination, how: How, rows: Sequence[int]) -> float:
     unit = torch.ones(1, dtype=torch.float64) if scale is None else scale.double()
     if site.dtype in FP8:  # what is larger becomes the largest number
         exact = exact.clamp(-largest(site.dtype) * unit, largest(site.dtype) * unit)
-    ulp = _ulp(exact / unit, site.dtype) * unit
+    step = ulp(exact / unit, site.dtype) * unit
     finite = exact.isfinite()
     slack = _WORK * torch.where(finite, base.abs() + (exact - base).abs(), 0.0).amax(1, keepdim=True)
-    limit = (1.0 if how.rounding == "stochastic" else 0.5) * ulp + slack
+    limit = (1.0 if how.rounding == "stochastic" else 0.5) * step + slack
     off = (found - exact).abs()
     # Written so that NaN is wrong, too.
     wrong = ~(off <= limit) & finite | (found.isfinite() != finite)
@@ -118,7 +118,7 @@ def _off(site: Site, to: Destination, how: How, rows: Sequence[int]) -> float:
         )
     # In units of the larger of what was added: where two numbers cancel, their own rounding errors are what is left.
     terms = torch.maximum(exact.abs(), torch.maximum(base.abs(), (exact - base).abs()))
-    units = _ulp(terms / unit, site.dtype) * unit
+    units = ulp(terms / unit, site.dtype) * unit
     return float((off / units)[finite].max()) if bool(finite.any()) else 0.0
 
 
@@ -136,10 +136,3 @@ def _written(site: Site, to: Destination, rows: Sequence[int]) -> tuple[Tensor, 
     to.output.read(memoryview(data), to.plan.start(site.scale_key))
     whole = torch.frombuffer(data, dtype=torch_dtype(site.scale.dtype)).float().reshape(-1, 1)
     return stored, whole if len(whole) == 1 else whole[list(rows)]
-
-
-def _ulp(values: Tensor, dtype: str) -> Tensor:
-    """The distance of neighbouring numbers of a dtype around float64 values."""
-    kind = torch.finfo(torch_dtype(dtype))
-    size = values.abs().clamp(kind.smallest_normal, kind.max)
-    return kind.eps * torch.exp2(torch.floor(torch.log2(size)))

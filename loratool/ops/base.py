@@ -69,12 +69,17 @@ def model_of(checkpoint: CheckpointFiles) -> Architecture:
 
 
 def known_model(checkpoint: CheckpointFiles) -> Architecture | None:
-    """The model with a table of its own that a checkpoint is of; None for any other.
+    """The model with a table of its own that a checkpoint is of; None for any other."""
+    return checkpoint_of(telling_part(checkpoint))
 
-    In a folder the part tells that only this model has: text encoders are shared by many.
+
+def telling_part(checkpoint: CheckpointFiles) -> Tensors:
+    """The tensors that tell what model a checkpoint is of: in a folder those of its own part, else all.
+
+    Text encoders are shared by many models, and components of a folder may have the same keys.
     """
     backbone = next((checkpoint.components[name] for name in BACKBONES if name in checkpoint.components), None)
-    return checkpoint_of(checkpoint.keys if backbone is None else backbone)
+    return checkpoint.keys if backbone is None else backbone
 
 
 def _maker(naming: Naming) -> Callable[[], Namings]:

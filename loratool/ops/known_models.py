@@ -15,7 +15,8 @@ from loratool.core.registry import architectures
 from loratool.core.target import same_shape
 from loratool.core.tensor import LazyTensor
 from loratool.files.bundle import PICKLES
-from loratool.files.checkpoint import CheckpointFiles, read_checkpoint
+from loratool.files.checkpoint import read_checkpoint
+from loratool.ops.base import telling_part
 
 _MOST_OTHER_SHAPES = 0.05
 """Share of weights that may differ in shape: an inpainting model has another first convolution, nothing else. Stable
@@ -94,7 +95,7 @@ def look_at(path: str | os.PathLike[str]) -> Look:
     if Path(path).suffix.lower() in PICKLES and os.path.isfile(path):
         raise FormatError("is a pickle, which is not read", file=str(path), hint="save it as safetensors")
     files = read_checkpoint(path)
-    keys = _main_component(files)
+    keys = telling_part(files)
     model = checkpoint_of(keys)
     if model is None:
         other = what_it_is(Bundle(dict(keys)))
@@ -108,11 +109,6 @@ def look_at(path: str | os.PathLike[str]) -> Look:
         relative = f"a relative of {model.title}: {other_shapes} of {held} weights have other shapes"
         return Look(None, relative, files.size_bytes)
     return Look(model.id, model.title, files.size_bytes)
-
-
-def _main_component(files: CheckpointFiles) -> Mapping[str, LazyTensor]:
-    # Text encoders are the same in many models, and components of a folder may have the same keys.
-    return files.components.get("unet") or files.components.get("transformer") or files.keys
 
 
 def _fit(keys: Mapping[str, LazyTensor], model: Architecture) -> tuple[int, int]:

@@ -44,6 +44,13 @@ def largest(dtype: str) -> float:
     return float(torch.finfo(torch_dtype(dtype)).max)
 
 
+def ulp(values: Tensor, dtype: str) -> Tensor:
+    """The distance of neighbouring numbers of a dtype around values (float32 or float64)."""
+    kind = torch.finfo(torch_dtype(dtype))
+    size = values.abs().clamp(kind.smallest_normal, kind.max)
+    return kind.eps * torch.exp2(torch.floor(torch.log2(size)))
+
+
 def fresh_scale(peak: Tensor, old: Tensor, dtype: str) -> Tensor:
     """The scale, in the dtype of `old`, at which `peak` (the largest |value|, float32) is the largest fp8 number.
 

@@ -192,7 +192,7 @@ class _Finder:
         for key, tensor in one.adapter.extras.items():
             path = key.rpartition("/")[2].removeprefix("base_model.model.").replace(".base_layer.", ".")
             for component, tensors in base.components.items():
-                name = _with_renaming(path, base.renamed.get(component, ("", "")))
+                name = base.respelled(component, path)
                 if name in tensors and tensors[name].shape == tensor.shape:
                     rows = tensor.shape[0] if tensor.shape else 1
                     fixed = Fixed(tensor, 0, one.weight, 0, rows, True, key, one.adapter.path)
@@ -205,8 +205,8 @@ class _Finder:
 
     def _miss(self, adapter: Adapter, modules: Sequence[Module], kept: set[str]) -> None:
         names = [key.removesuffix(".weight") for key in self._checkpoint.keys if key.endswith("weight")]
+        base = weights_in(self._checkpoint.path, self._checkpoint.components, adapter)
         for number, module in enumerate(modules):
-            base = weights_in(self._checkpoint.path, self._checkpoint.components, adapter)
             wanted = next((base.key_of(t) for t in module.targets if base.find(t) is None), None)
             near = (
                 get_close_matches((wanted or module.targets[0].path).removesuffix(".weight"), names, 1, 0.6)
@@ -288,8 +288,3 @@ def _joined(spans: Iterable[Span], strengths: Sequence[float]) -> Iterator[tuple
         last = span, strength
     if last:
         yield last
-
-
-def _with_renaming(path: str, renaming: tuple[str, str]) -> str:
-    strip, add = renaming
-    return add + path.removeprefix(strip)

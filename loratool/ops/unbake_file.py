@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from loratool.core.errors import FormatError, LoratoolError, UsageError, few
-from loratool.core.tensor import torch_dtype
 from loratool.files.atomic import check_room
 from loratool.files.bundle import check_output
 from loratool.files.checkpoint import CheckpointFiles, WeightFile, read_checkpoint
@@ -33,6 +32,7 @@ from loratool.ops.inputs import Asked
 from loratool.ops.open import open_adapter
 from loratool.ops.pool import each, threads
 from loratool.ops.predict import Back
+from loratool.ops.rounding import ulp
 from loratool.ops.sites import Site
 from loratool.ops.stored import byte_range, part_of, scale_column
 from loratool.ops.undo import Undo, UndoFile, UndoSite, read_undo, tensor_of
@@ -222,7 +222,7 @@ class Doubt:
         """Looks at rows before (`stored`: as they were baked) and after."""
         old = 1.0 if site.scale is None else part_of(scale_column(site.scale, str(stored.device)), row, len(stored))
         new = 1.0 if scale is None else part_of(scale, row, len(written))
-        before, after = _steps(stored, site.tensor.dtype) * old, _steps(written, site.dtype) * new
+        before, after = ulp(stored.float(), site.tensor.dtype) * old, ulp(written.float(), site.dtype) * new
         larger = before > after if site.scale is None else torch.ones_like(before, dtype=torch.bool)
         counted = int(larger.sum())
         square = float((before.double().square() * larger).sum()) / 12  # a rounding error, spread evenly over a step
@@ -242,13 +242,6 @@ class Doubt:
     def error(self) -> float:
         """The relative error that they lead to."""
         return math.sqrt(self.square / self.norm) if self.norm else 0.0
-
-
-def _steps(values: Tensor, dtype: str) -> Tensor:
-    """The distance to the next number of the dtype."""
-    kind = torch.finfo(torch_dtype(dtype))
-    size = values.float().abs().clamp(kind.smallest_normal, kind.max)
-    return kind.eps * torch.exp2(torch.floor(torch.log2(size)))
 
 
 def subtract_file(

@@ -190,11 +190,15 @@ class BaseWeights:
         if target.component not in self.components:
             return None
         if self.architecture.open:
-            strip, add = self.renamed.get(target.component, ("", ""))
-            return f"{add}{target.path.removeprefix(strip)}.{_WEIGHT}"
+            return f"{self.respelled(target.component, target.path)}.{_WEIGHT}"
         if voice is None:
             return None
         return voice.prefix + self.architecture.naming(target.component, voice.naming).home(target).tensor_key
+
+    def respelled(self, component: str, path: str) -> str:
+        """A path of a model without a table as the checkpoint has it (see `renamed`)."""
+        strip, add = self.renamed.get(component, ("", ""))
+        return add + path.removeprefix(strip)
 
     def _row(self, target: Target) -> _Row:
         found = self.find(target)
