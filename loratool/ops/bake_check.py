@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,17 +15,22 @@ from torch import Tensor
 from loratool.core.errors import LoratoolError
 from loratool.core.tensor import DTYPES, torch_dtype
 from loratool.files.checkpoint import WeightFile
-from loratool.ops.baking import Destination, How
+from loratool.files.stream import stretch
+from loratool.ops.bake_work import How
+from loratool.ops.baking import Destination
 from loratool.ops.pool import alone
 from loratool.ops.rounding import FP8, largest, ulp
 from loratool.ops.sites import Site
-from loratool.ops.stored import dequantised, size_of, weight_rows
+from loratool.ops.stored import scale_column, size_of
 from loratool.ops.updates import adder
 
 ROWS = 2
 """Rows of every tensor that are computed anew."""
 
 _CHECKERS = 2
+
+_BATCH = 32
+"""Tensors of one width that are looked at together: small steps of Python for each would hold up everything else."""
 
 _WORK = 1e-5
 """What float32 may be off, relative to the largest value of a row: sums of some hundred products, and one DoRA norm."""
@@ -58,7 +64,9 @@ class RowCheck:
         self._destinations, self._how, self._tick = destinations, how, tick
         self._chance = random.Random()
         self._pool = ThreadPoolExecutor(_CHECKERS, "loratool-check", initializer=alone)
-        self._futures: list[Future[tuple[int, float]]] = []
+        self._waiting: dict[object, list[_Sample]] = {}
+        self._lock = threading.Lock()
+        self._futures: list[Future[tuple[int, int, float]]] = []
 
     def __enter__(self) -> RowCheck:
         return self
@@ -69,38 +77,72 @@ class RowCheck:
         self._pool.shutdown(cancel_futures=True)
 
     def written(self, site: Site) -> None:
-        """Looks at a site, which is written."""
-        self._futures.append(self._pool.submit(self._look, site))
+        """Looks at a site, which is written, as soon as there are some of its kind."""
+        rows = size_of(site.tensor)[0] if site.tensor.numel else 0
+        sample = _Sample(site, tuple(sorted(self._chance.sample(range(rows), min(ROWS, rows)))))
+        with self._lock:
+            alike = self._waiting.setdefault((site.tensor.dtype, site.dtype, size_of(site.tensor)[1]), [])
+            alike.append(sample)
+            if len(alike) < _BATCH:
+                return
+            batch = list(alike)
+            alike.clear()
+        self._futures.append(self._pool.submit(self._look, batch))
 
     def result(self, compared: int) -> Checked:
         """What was found, when all is done. Raises NotWritten for a value that is farther off than one rounding of a
         float32 result explains."""
-        found = [future.result() for future in self._futures]
-        worst = max((off for _, off in found), default=0.0)
-        return Checked(compared, len(found), sum(count for count, _ in found), worst)
+        rest = [batch for batch in self._waiting.values() if batch]
+        found = [future.result() for future in [*self._futures, *(self._pool.submit(self._look, one) for one in rest)]]
+        worst = max((off for _, _, off in found), default=0.0)
+        return Checked(compared, sum(sites for sites, _, _ in found), sum(rows for _, rows, _ in found), worst)
 
-    def _look(self, site: Site) -> tuple[int, float]:
-        rows = size_of(site.tensor)[0] if site.tensor.numel else 0
-        chosen = sorted(self._chance.sample(range(rows), min(ROWS, rows)))
-        off = _off(site, self._destinations[site.file], self._how, chosen) if chosen else 0.0
-        self._tick(1)
-        return len(chosen), off
+    def _look(self, batch: Sequence[_Sample]) -> tuple[int, int, float]:
+        samples = [sample for sample in batch if sample.rows]
+        off = _off(samples, self._destinations, self._how) if samples else 0.0
+        self._tick(len(batch))
+        return len(batch), sum(len(sample.rows) for sample in samples), off
 
 
-def _off(site: Site, to: Destination, how: How, rows: Sequence[int]) -> float:
-    """How far off the worst value of some rows is, in ulp."""
-    base = torch.cat([weight_rows(site.tensor, site.scale, row, row + 1, "cpu", torch.float64) for row in rows])
+@dataclass(frozen=True, eq=False)
+class _Sample:
+    """Rows of a site that are looked at."""
+
+    site: Site
+    rows: tuple[int, ...]
+
+
+def _off(samples: Sequence[_Sample], destinations: Mapping[WeightFile, Destination], how: How) -> float:
+    """How far off the worst value of some rows of tensors of the same dtypes and width is, in ulp."""
+    dtype = samples[0].site.dtype
+    base = _rows_of(samples, samples[0].site.tensor.dtype, lambda sample, row, room: _read_base(sample.site, row, room))
+    found = _rows_of(samples, dtype, lambda sample, row, room: _read_written(sample.site, row, room, destinations))
+    old, unit = torch.ones(len(base), 1, dtype=torch.float64), torch.ones(len(base), 1, dtype=torch.float64)
+    at = 0
+    for sample in samples:
+        if sample.site.scale is not None:
+            here = slice(at, at + len(sample.rows))
+            old[here] = _of_rows(scale_column(sample.site.scale, "cpu"), sample.rows)
+            unit[here] = _of_rows(_scale_written(sample.site, destinations[sample.site.file]), sample.rows)
+        at += len(sample.rows)
+    base, found = base * old, found * unit
     exact = base.clone()
-    for part in site.parts:
-        one = adder(part, "cpu", how.norm, torch.float64)
-        for at, row in enumerate(rows):
-            one.add(exact[at : at + 1], base[at : at + 1], row)
-    stored, scale = _written(site, to, rows)
-    found = dequantised(stored, scale, 0, torch.float64)
-    unit = torch.ones(1, dtype=torch.float64) if scale is None else scale.double()
-    if site.dtype in FP8:  # what is larger becomes the largest number
-        exact = exact.clamp(-largest(site.dtype) * unit, largest(site.dtype) * unit)
-    step = ulp(exact / unit, site.dtype) * unit
+    at = 0
+    for sample in samples:
+        adders = [adder(part, "cpu", how.norm, torch.float64) for part in sample.site.parts]
+        for row in sample.rows:
+            for one in adders:
+                one.add(exact[at : at + 1], base[at : at + 1], row)
+            at += 1
+    return _judged(samples, base, exact, found, unit, how)
+
+
+def _judged(samples: Sequence[_Sample], base: Tensor, exact: Tensor, found: Tensor, unit: Tensor, how: How) -> float:
+    """The worst value, in ulp. Raises NotWritten for one that is wrong."""
+    dtype = samples[0].site.dtype
+    if dtype in FP8:  # what is larger becomes the largest number
+        exact = torch.maximum(torch.minimum(exact, largest(dtype) * unit), -largest(dtype) * unit)
+    step = ulp(exact / unit, dtype) * unit
     finite = exact.isfinite()
     slack = _WORK * torch.where(finite, base.abs() + (exact - base).abs(), 0.0).amax(1, keepdim=True)
     limit = (1.0 if how.rounding == "stochastic" else 0.5) * step + slack
@@ -109,30 +151,51 @@ def _off(site: Site, to: Destination, how: How, rows: Sequence[int]) -> float:
     wrong = ~(off <= limit) & finite | (found.isfinite() != finite)
     if bool(wrong.any()):
         at, column = (int(index) for index in wrong.nonzero()[0])
+        site, row = [(sample.site, row) for sample in samples for row in sample.rows][at]
         raise NotWritten(
-            f"row {rows[at]}, column {column} holds {float(found[at, column]):.8g}, "
-            f"expected {float(exact[at, column]):.8g}",
+            f"row {row}, column {column} holds {float(found[at, column]):.8g}, expected {float(exact[at, column]):.8g}",
             file=site.file.path,
             key=site.key,
             hint="nothing was kept; please report this",
         )
     # In units of the larger of what was added: where two numbers cancel, their own rounding errors are what is left.
     terms = torch.maximum(exact.abs(), torch.maximum(base.abs(), (exact - base).abs()))
-    units = ulp(terms / unit, site.dtype) * unit
+    units = ulp(terms / unit, dtype) * unit
     return float((off / units)[finite].max()) if bool(finite.any()) else 0.0
 
 
-def _written(site: Site, to: Destination, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """Rows of the output, and their scale."""
-    _, columns = size_of(site.tensor)
-    nbytes = columns * DTYPES[site.dtype] // 8
-    room = bytearray(nbytes * len(rows))
-    for at, row in enumerate(rows):
-        to.output.read(memoryview(room)[at * nbytes : (at + 1) * nbytes], to.plan.start(site.key) + row * nbytes)
-    stored = torch.frombuffer(room, dtype=torch_dtype(site.dtype)).reshape(len(rows), columns)
-    if site.scale is None or site.scale_key is None:
-        return stored, None
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _rows_of(samples: Sequence[_Sample], dtype: str, read: Callable[[_Sample, int, memoryview], None]) -> Tensor:
+    """All rows of the samples below one another, as they are stored, in float64."""
+    _, columns = size_of(samples[0].site.tensor)
+    nbytes = columns * DTYPES[dtype] // 8
+    rows = [(sample, row) for sample in samples for row in sample.rows]
+    data = bytearray(nbytes * len(rows))
+    room = memoryview(data)
+    for at, (sample, row) in enumerate(rows):
+        read(sample, row, room[at * nbytes : (at + 1) * nbytes])
+    return torch.frombuffer(data, dtype=torch_dtype(dtype)).reshape(len(rows), columns).double()
+
+
+def _read_base(site: Site, row: int, room: memoryview) -> None:
+    source = stretch(site.tensor)
+    source.file.readinto(room, source.start + row * room.nbytes)
+
+
+def _read_written(site: Site, row: int, room: memoryview, destinations: Mapping[WeightFile, Destination]) -> None:
+    to = destinations[site.file]
+    to.output.read(room, to.plan.start(site.key) + row * room.nbytes)
+
+
+def _scale_written(site: Site, to: Destination) -> Tensor:
+    """The scale of the output, as a column."""
+    assert site.scale is not None and site.scale_key is not None
     data = bytearray(site.scale.nbytes)
     to.output.read(memoryview(data), to.plan.start(site.scale_key))
-    whole = torch.frombuffer(data, dtype=torch_dtype(site.scale.dtype)).float().reshape(-1, 1)
-    return stored, whole if len(whole) == 1 else whole[list(rows)]
+    return torch.frombuffer(data, dtype=torch_dtype(site.scale.dtype)).float().reshape(-1, 1)
+
+
+def _of_rows(scale: Tensor, rows: Sequence[int]) -> Tensor:
+    return (scale if len(scale) == 1 else scale[list(rows)]).double()

@@ -28,7 +28,8 @@ from loratool.ops.inputs import Asked
 
 if TYPE_CHECKING:
     from loratool.ops.bake_check import Checked
-    from loratool.ops.baking import How, Recorder, Survival
+    from loratool.ops.bake_work import How, Survival
+    from loratool.ops.baking import Recorder
 
 
 def bake_file(
@@ -122,11 +123,11 @@ class _Bake:
         written = Ticker(self.progress, "writing", sum(one.plan.nbytes for one in files))
         with Copier(files, outputs, verify, written) as copier, self._hashing() as bases:
             # Imported while bytes are copied: torch takes a second or two to begin.
-            from loratool.ops import bake_check, baking
+            from loratool.ops import bake_check, bake_work, baking
 
             sites = self.task.found.sites
             destinations = {one.file: baking.Destination(outputs[one.file], one.plan) for one in files}
-            how = baking.How(self.options.rounding, self.options.seed, self.options.dora_norm)
+            how = bake_work.How(self.options.rounding, self.options.seed, self.options.dora_norm)
             recorder, undone = self._recording(how, bases)
             bakery = baking.Bakery(destinations, self.options.devices, how, written, recorder=recorder)
             checked = None

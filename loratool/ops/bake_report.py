@@ -13,7 +13,7 @@ from loratool.ops.sites import Site, Unmatched
 
 if TYPE_CHECKING:
     from loratool.ops.bake_check import Checked
-    from loratool.ops.baking import Survival
+    from loratool.ops.bake_work import Survival
 
 LOW = 0.9
 """A share of an update below which its loss to rounding is worth a warning."""

@@ -25,8 +25,9 @@ from loratool.ops.bake_copy import Copier
 from loratool.ops.bake_file import bake_file
 from loratool.ops.bake_report import BakeReport
 from loratool.ops.bake_task import ENTRY, FileTask, Options
+from loratool.ops.bake_work import Desk
 from loratool.ops.bake_write import Progress, Ticker, size_of, temporary_places
-from loratool.ops.baking import GPU_THREADS, Desk, Destination
+from loratool.ops.baking import GPU_THREADS, Destination
 from loratool.ops.frames import Frame, corrected, frames_in
 from loratool.ops.inputs import Asked
 from loratool.ops.open import open_adapter

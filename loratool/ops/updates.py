@@ -144,11 +144,11 @@ class _Values:
         start = self._fixed.start + a - self._fixed.first
         values, here = self._values[start : start + b - a], slice(a - row, b - row)
         if not self._fixed.replaces:
-            total[here] += values * self._fixed.strength
+            total[here].add_(values * self._fixed.strength)
         elif self._fixed.strength == 1:
             total[here] = values + (total[here] - base[here])  # where nothing else was added, the very values
         else:
-            total[here] += (values - base[here]) * self._fixed.strength
+            total[here].add_((values - base[here]) * self._fixed.strength)
 
 
 class _Sum:
@@ -164,7 +164,7 @@ class _Sum:
             update, here = found
             if part.strength != 1:
                 update = update.mul_(part.strength)
-            total[here] += update.T if part.span.transposed else update
+            total[here].add_(update.T if part.span.transposed else update)
 
 
 def block_of(part: Part, update: Update, row: int, height: int) -> tuple[Tensor, tuple[slice, slice]] | None:
@@ -218,7 +218,7 @@ class _Dora:
         change = whole * self.gain(part, row, weight, whole) - weight
         if part.strength != 1:
             change = change * part.strength
-        total[here] += change.T if part.span.transposed else change
+        total[here].add_(change.T if part.span.transposed else change)
 
     def gain(self, part: Part, row: int, weight: Tensor, whole: Tensor) -> Tensor:
         """magnitude / norm of the rows or columns of a block."""

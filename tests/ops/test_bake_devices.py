@@ -48,7 +48,8 @@ def test_one_gpu_is_dealt_everything_and_several_share_it() -> None:
     from types import SimpleNamespace
 
     from loratool.core.tensor import Held, LazyTensor
-    from loratool.ops.baking import Bakery, How
+    from loratool.ops.bake_work import How
+    from loratool.ops.baking import Bakery
 
     sizes = [40, 8, 8, 8, 8, 8, 16, 24]
     sites = [
