@@ -6,8 +6,8 @@
 A checkpoint of real names at full size (SD 1.5 2.1 GB, SDXL 6.9 GB, fp16) and a LoRA of rank 32 for all attention and
 feed-forward modules. The peers are `cp` and what a straightforward script does: load the file, cast, add every update,
 cast back, save. All run in turns, the page cache warm, the last output removed; ours is flushed to the disk and
-verified, theirs are not. On the CPU all are processes. On a GPU ours and the script run in one process that has
-imported torch and started the GPU; the whole command is timed beside them.
+verified, theirs are not, so `cp` is also timed with a `sync`. On the CPU all are processes. On a GPU ours and the
+script run in one process that has imported torch and started the GPU; the whole command is timed beside them.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ def one_on_gpu(place: Path, model: str, device: str, times: int) -> list[Budget]
         options = Options(devices=devices, overwrite=True, verify=verify)
         bake_file(base, [Asked(str(lora), 0.8)], output, options)
 
-    def script(where: str) -> None:
-        sys.argv[1:] = [str(base), str(lora), str(output), where, "same", str(Path(__file__).parent)]
+    def script(where: str, width: str = "same") -> None:
+        sys.argv[1:] = [str(base), str(lora), str(output), where, width, str(Path(__file__).parent)]
         exec(LOAD_ADD_SAVE, {"__name__": "script"})
         torch.cuda.synchronize()
 
@@ -142,9 +142,11 @@ def one_on_gpu(place: Path, model: str, device: str, times: int) -> list[Budget]
     words = ["bake", "--base", str(base), f"{lora}:0.8", "-o", str(output), "--device", device]
     jobs: dict[str, Callable[[], object]] = {
         "cp": lambda: subprocess.run(["cp", str(base), str(output)], check=True),
+        "flushed": lambda: subprocess.run(["sh", "-c", f"cp '{base}' '{output}' && sync '{output}'"], check=True),
         "ours": ours,
         "unverified": lambda: ours(False),
         "script gpu": lambda: script(devices[0]),
+        "script gpu float32": lambda: script(devices[0], "wide"),
         "script cpu": lambda: script("cpu"),
         "command": lambda: run([PYTHON, "-c", code, *words]),
     }
@@ -161,6 +163,7 @@ def one_on_gpu(place: Path, model: str, device: str, times: int) -> list[Budget]
             started = time.perf_counter()
             do()
             took[job].append(time.perf_counter() - started)
+            print(f"{model} {job}: {took[job][-1]:.2f} s", flush=True)
     for job, seconds in took.items():
         print(f"{model} {job}: first {seconds[0]:.2f} s, then {', '.join(f'{s:.2f}' for s in seconds[1:])}")
     medians = {job: statistics.median(seconds[1:]) for job, seconds in took.items()}
@@ -173,7 +176,9 @@ def one_on_gpu(place: Path, model: str, device: str, times: int) -> list[Budget]
 
     return [
         against("time of cp", "cp", COPIES["cuda"]),
-        against("a 5th of load, add, save on the GPU", "script gpu", 1 / FASTER),
+        against("of cp and sync", "flushed", COPIES["cuda"]),
+        against("a 5th of load, float32, add, save", "script gpu float32", 1 / FASTER),
+        against("a 5th of load, add, save in fp16", "script gpu", 1 / FASTER),
         against("of load, add, save on the CPU", "script cpu", 1.0),
         Budget(f"{title}: GPU memory", peak / MB, GPU / MB, "MB"),
         Budget(f"{title}: host memory of the command", alone.peak / MB, HOST / MB, "MB"),

@@ -9,6 +9,7 @@ from types import TracebackType
 
 from loratool.core.errors import FormatError, LoratoolError
 from loratool.core.tensor import DTYPES, LazyTensor
+from loratool.files.ahead import Ahead, Behind
 from loratool.files.safetensors import FileRange, Header, header_bytes
 
 PIECE = 1 << 20
@@ -99,6 +100,7 @@ class Output:
             os.ftruncate(self.fd, head + plan.nbytes)
         except OSError as error:
             raise self._failed(error) from error
+        self._ahead, self._behind = Ahead(self.fd, head + plan.nbytes), Behind(self.fd)
 
     def __enter__(self) -> Output:
         return self
@@ -106,6 +108,8 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ahead.close()
+        self._behind.close()
         os.close(self.fd)
 
     def write(self, data: memoryview, at: int) -> None:
@@ -151,6 +155,7 @@ class Output:
             done = 0
             while done < data.nbytes:
                 done += os.pwrite(self.fd, data[done:], at + done)
+            self._behind.wrote(done)
         except OSError as error:
             raise self._failed(error) from error
 

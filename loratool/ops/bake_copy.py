@@ -12,7 +12,7 @@ from loratool.files.checkpoint import WeightFile
 from loratool.files.stream import PIECE, Copy, Output, stretch
 from loratool.ops.bake_task import FileTask
 
-COPIERS = 3
+COPIERS = 2
 _PART = 32 << 20
 _TURN = 1e-4
 

@@ -30,8 +30,8 @@ SLOTS = 12
 _AHEAD = 6
 """Blocks that are read before it is their turn: fewer than there are slots, or the next one might never get its."""
 
-_READERS, _WRITERS = 2, 2
-"""Threads. More writers would only wait: the system lets one at a time write to a file."""
+_READERS, _WRITERS = 4, 4
+"""Threads: the system lets one at a time write to a file, but others wait for the GPU meanwhile."""
 
 
 @dataclass(frozen=True, eq=False)
