@@ -29,7 +29,7 @@ ROWS = 2
 
 _CHECKERS = 2
 
-_BATCH = 32
+_BATCH = 16
 """Tensors of one width that are looked at together: small steps of Python for each would hold up everything else."""
 
 _WORK = 1e-5
