@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -109,9 +110,11 @@ def test_the_report_tells_it_all_in_80_columns(
         f"wrote out.safetensors {out.stat().st_size / 1024:.1f} KiB in ",
         "changed 4 tensors, 9.9 KiB; 128 B keep",
     ]
-    facts += ["verified 128 B compared, all the same; 8 random rows of 4 tensors", "off by 0.50 ulp at most"]
+    facts += ["verified 128 B compared, all the same; 8 random rows of 4 tensors"]
     facts += ["component tensors size update that survived rounding", "text_encoder 1 512 B", "unet 3 9.4 KiB"]
     assert [fact for fact in facts if fact not in text] == []
+    off = re.search(r"off by (0\.\d\d) ulp at most", text)  # of random rows: mostly 0.50, sometimes a little less
+    assert off is not None and 0.4 <= float(off[1]) <= 0.5
     assert text.count("%") == 2 and "warning" not in text
     assert strength_of(base, out, lora, Q) == pytest.approx(0.7, abs=0.01)
 
