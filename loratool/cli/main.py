@@ -10,6 +10,8 @@ import typer
 import typer.core
 import typer.main
 
+from loratool.cli.process import run
+
 COMMANDS = ("info", "convert", "blocks", "resize", "merge", "bake", "unbake", "extract", "replay", "bases")
 """Each is a function of that name in a module of that name, in the order of the help."""
 
@@ -70,3 +72,8 @@ def _root(
     version: bool = typer.Option(False, "--version", help="Show the version.", callback=_version, is_eager=True),
 ) -> None:
     """Inspect, convert, merge, resize, bake and extract LoRA files."""
+
+
+def main() -> None:
+    """The process `loratool`."""
+    run(app)

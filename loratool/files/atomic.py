@@ -24,6 +24,20 @@ except ImportError:  # Windows: leftovers of a killed run stay
     fcntl = None  # type: ignore[assignment]
 
 
+_unfinished: set[Path] = set()
+"""Temporary files and folders of this process."""
+
+
+def remove_unfinished() -> None:
+    """Removes what this process has not finished: for one that ends without leaving its blocks."""
+    for temporary in list(_unfinished):
+        with contextlib.suppress(OSError):
+            if temporary.is_dir() and not temporary.is_symlink():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Gives the path of an empty temporary file beside `path`; it becomes `path` when the block ends well.
@@ -40,6 +54,7 @@ def atomic_write(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
     _check_target(target, overwrite)
     _remove_leftovers(target)
     temporary, lock = _create(target)
+    _unfinished.add(temporary)
     try:
         yield temporary
         try:
@@ -51,6 +66,7 @@ def atomic_write(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
     finally:
         # After publishing, the name is gone already.
         temporary.unlink(missing_ok=True)
+        _unfinished.discard(temporary)
         os.close(lock)
 
 
@@ -71,6 +87,7 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         lock = _locked(os.open(temporary, os.O_RDONLY))
     except OSError as error:
         raise LoratoolError(f"cannot be written: {error.strerror}", file=str(target)) from error
+    _unfinished.add(temporary)
     try:
         yield temporary
         try:
@@ -85,6 +102,7 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         _flush_folder(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        _unfinished.discard(temporary)
         os.close(lock)
 
 

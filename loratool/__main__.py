@@ -1,0 +1,5 @@
+"""`python -m loratool` is `loratool`."""
+
+from loratool.cli.main import main
+
+main()
