@@ -5,6 +5,7 @@ from __future__ import annotations
 from loratool.architectures._hunyuan import BLOCKS, Hunyuan, hunyuan_namings, mlp_embedder
 from loratool.core.architecture import Architecture, Checkpoint, Voice
 from loratool.core.naming import Naming
+from loratool.core.target import Target
 
 SPEC = Hunyuan(
     width=3584,
@@ -28,7 +29,7 @@ def _transformer() -> dict[str, Naming]:
 
 def _parallel(native: Naming) -> Naming:
     """The names of the published checkpoints, made for tensor parallelism: nothing is fused but in the refiner."""
-    table = {}
+    table: dict[str, tuple[Target, ...]] = {}
     for name, targets in native.items():
         block = name.startswith(("double_blocks.", "single_blocks."))
         if block and len(targets) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ ENOUGH = 0.5
 
 CLOSE = 0.02
 """Two architectures whose scores differ by less are a tie."""
+
+WHOLE = 0.5
+"""A model of whose blocks the file has by this much more than of another's is preferred to that one."""
 
 SAMPLE = 64
 """About so many keys, spread over the file, tell whether a spelling and a table are worth a closer look."""
@@ -94,7 +98,7 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
     believed = [c for c in candidates if c.resolved > ENOUGH]
     if believed:
         rivals = [c for c in believed if c.score > believed[0].score - CLOSE]
-        rivals = _named_in(bundle.metadata, rivals)
+        rivals = _of_as_many_blocks(bundle.metadata, _named_in(bundle.metadata, rivals))
         models = {c.architecture.id: c.architecture for c in reversed(rivals)}
         origin = _origin(models)
         if origin is not None:
@@ -109,6 +113,30 @@ def _named_in(metadata: Mapping[str, str], rivals: Sequence[Candidate]) -> list[
     """Of equally good readings those whose model the header names; all if it names none, or all alike."""
     agreeing = [sum(metadata.get(key) == fact for key, fact in c.architecture.facts.items()) for c in rivals]
     return [c for c, count in zip(rivals, agreeing, strict=True) if count == max(agreeing)]
+
+
+def _of_as_many_blocks(metadata: Mapping[str, str], rivals: Sequence[Candidate]) -> list[Candidate]:
+    """Of equally good readings those whose blocks end where the file's do: not 19 of 20, say, but 19 of 19."""
+    if len({c.architecture.id for c in rivals}) == 1:
+        return list(rivals)
+    whole = [_whole(c, metadata) for c in rivals]
+    return [c for c, share in zip(rivals, whole, strict=True) if share > max(whole) - WHOLE]
+
+
+def _whole(candidate: Candidate, metadata: Mapping[str, str]) -> float:
+    """The share of the file's kinds of names, numbers aside, of which it has every one that the table has."""
+    held: Counter[tuple[str, str, str]] = Counter()
+    for stem in candidate.parsed.groups:
+        for said in candidate.layout.resolve(stem, candidate.architecture, metadata)[:1]:
+            held[said.component, said.voice.naming, _kind(said.name)] += 1
+    known: Counter[tuple[str, str, str]] = Counter()
+    for component, naming in {(component, naming) for component, naming, _ in held}:
+        known.update((component, naming, _kind(name)) for name in candidate.architecture.naming(component, naming))
+    return sum(count == known[kind] for kind, count in held.items()) / len(held)
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
 
 
 def _origin(models: Mapping[str, Architecture]) -> str | None:
