@@ -98,6 +98,7 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
     believed = [c for c in candidates if c.resolved > ENOUGH]
     if believed:
         rivals = [c for c in believed if c.score > believed[0].score - CLOSE]
+        rivals = [c for c in rivals if c.perfect] or rivals
         rivals = _of_as_many_blocks(bundle.metadata, _named_in(bundle.metadata, rivals))
         models = {c.architecture.id: c.architecture for c in reversed(rivals)}
         origin = _origin(models)
