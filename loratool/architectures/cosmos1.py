@@ -50,6 +50,4 @@ ARCHITECTURE = Architecture(
         _variant("Cosmos 1 7B", COSMOS_7B),
         _variant("Cosmos 1 7B text-to-world", TEXT_7B),
     ),
-    # In diffusers both have the same names, and 14B of both the same sizes.
-    kin="cosmos",
 )

@@ -71,12 +71,17 @@ SIZES = [
 @pytest.mark.parametrize(("identifier", "title", "layout"), SIZES, ids=[f"{t}-{layout}" for _, t, layout in SIZES])
 def test_every_size_in_every_layout(identifier: str, title: str, layout: str) -> None:
     size = next(one for one in architectures()[identifier].sizes if one.title == title)
-    best = found(lora(size, layout, lambda name: True)).best
+    detection = found(lora(size, layout, lambda name: True))
+    best = detection.best
     if title == "Cosmos-Predict2 2B text-to-image":
         assert best.architecture.title == "Anima"  # the very same transformer: nothing can tell
         return
-    if identifier == "cosmos1" and "14B" in title and layout != "comfyui":
-        assert best.architecture.title.startswith("Cosmos-Predict2")  # in diffusers' names they are the same
+    if layout != "comfyui" and title in (
+        "Cosmos 1 14B",
+        "Cosmos 1 14B text-to-world",
+        "Cosmos-Predict2 14B text-to-image",
+    ):
+        assert set(detection.tie) == {"cosmos", "cosmos1"}  # in diffusers' names 1 and 2 are the same
         return
     assert (best.architecture.id, best.layout.id, best.resolved) == (identifier, layout, 1.0)
     assert best.fitting == 1.0
