@@ -49,6 +49,11 @@ def hunyuan_namings(spec: Hunyuan) -> dict[str, Naming]:
     return {**namings, "comfyui": respelled(namings["native"], _comfyui_name, _comfyui_key)}
 
 
+def outline(spec: Hunyuan) -> Hunyuan:
+    """One block of each kind."""
+    return spec._replace(double=1, single=1, refiner=1)
+
+
 _COMFYUI = (
     ("_in.mlp.0", "_in.in_layer"),
     ("_in.mlp.2", "_in.out_layer"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from loratool.architectures._cosmos import SPANS, CosmosTransformer, transformer_namings
 from loratool.architectures._qwen3 import Qwen3, qwen3_namings
@@ -13,10 +14,7 @@ from loratool.core.target import Target
 
 CONDITIONER = "text_conditioner"
 QWEN3_06B = Qwen3(layers=28, width=1024, mlp=3072, heads=16, groups=8)
-
-
-def _transformer() -> dict[str, Naming]:
-    return transformer_namings(CosmosTransformer(layers=28, width=2048, channels=17))
+TRANSFORMER = CosmosTransformer(layers=28, width=2048, channels=17)
 
 
 def _text_conditioner() -> dict[str, Naming]:
@@ -42,10 +40,6 @@ def _conditioner() -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "norm", (width,)
 
 
-def _text_encoder() -> dict[str, Naming]:
-    return qwen3_namings(QWEN3_06B, "text_encoder")
-
-
 _NUMBERED = numbered("B", 0, 27)
 _EVERY = ("QWEN", "LLM", "IN", *_NUMBERED, "OUT")
 
@@ -58,7 +52,15 @@ BLOCKS = Blocks(
 ARCHITECTURE = Architecture(
     id="anima",
     title="Anima",
-    components={"transformer": _transformer, CONDITIONER: _text_conditioner, "text_encoder": _text_encoder},
+    components={
+        "transformer": partial(transformer_namings, TRANSFORMER),
+        CONDITIONER: _text_conditioner,
+        "text_encoder": partial(qwen3_namings, QWEN3_06B, "text_encoder"),
+    },
+    outlines={
+        "transformer": partial(transformer_namings, TRANSFORMER._replace(layers=1)),
+        "text_encoder": partial(qwen3_namings, QWEN3_06B._replace(layers=1), "text_encoder"),
+    },
     writes={
         "kohya": {
             "transformer": Voice("lora_unet_", "native"),

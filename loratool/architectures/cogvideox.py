@@ -92,6 +92,7 @@ ARCHITECTURE = Architecture(
     id="cogvideox",
     title="CogVideoX 5B",
     components={"transformer": partial(transformer_namings, COG_5B)},
+    outlines={"transformer": partial(transformer_namings, COG_5B._replace(layers=1))},
     writes={
         "kohya": {"transformer": Voice("lora_unet__", "diffusers")},  # VideoX-Fun, with its second underscore
         "diffusers": {"transformer": Voice("transformer.", "diffusers")},

@@ -28,6 +28,7 @@ ARCHITECTURE = Architecture(
     id="cosmos",
     title="Cosmos-Predict2/2.5 14B",
     components={"transformer": partial(transformer_namings, COSMOS_14B)},
+    outlines={"transformer": partial(transformer_namings, COSMOS_14B._replace(layers=1))},
     writes={
         "diffusers": {"transformer": Voice("transformer.", "diffusers")},
         "comfyui": {"transformer": Voice("diffusion_model.", "native")},  # diffusion-pipe

@@ -27,6 +27,7 @@ ARCHITECTURE = Architecture(
     id="cosmos1",
     title="Cosmos 1 14B",
     components={"transformer": partial(transformer_namings_1, COSMOS_14B)},
+    outlines={"transformer": partial(transformer_namings_1, COSMOS_14B._replace(layers=1))},
     writes={
         "diffusers": {"transformer": Voice("transformer.", "diffusers")},
         "comfyui": {"transformer": Voice("diffusion_model.", "native")},  # diffusion-pipe

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from loratool.architectures._hunyuan import BLOCKS, Hunyuan, hunyuan_namings, mlp_embedder
+from functools import partial
+
+from loratool.architectures._hunyuan import BLOCKS, Hunyuan, hunyuan_namings, mlp_embedder, outline
 from loratool.core.architecture import Architecture, Checkpoint, Voice
 from loratool.core.naming import Naming
 from loratool.core.target import Target
@@ -22,8 +24,9 @@ SPEC = Hunyuan(
 )
 
 
-def _transformer() -> dict[str, Naming]:
-    namings = hunyuan_namings(SPEC)
+def transformer_namings(spec: Hunyuan) -> dict[str, Naming]:
+    """The namings of `hunyuan_namings`, and `parallel`."""
+    namings = hunyuan_namings(spec)
     return {**namings, "parallel": _parallel(namings["native"])}
 
 
@@ -43,7 +46,8 @@ def _parallel(native: Naming) -> Naming:
 ARCHITECTURE = Architecture(
     id="hunyuan-image",
     title="HunyuanImage 2.1",
-    components={"transformer": _transformer},
+    components={"transformer": partial(transformer_namings, SPEC)},
+    outlines={"transformer": partial(transformer_namings, outline(SPEC))},
     writes={
         "kohya": {"transformer": Voice("lora_unet_", "native")},  # sd-scripts
         "diffusers": {"transformer": Voice("transformer.", "diffusers")},

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from loratool.architectures._hunyuan import BLOCKS, Embedder, Hunyuan, hunyuan_namings, mlp_embedder
+from functools import partial
+
+from loratool.architectures._hunyuan import BLOCKS, Embedder, Hunyuan, hunyuan_namings, mlp_embedder, outline
 from loratool.core.architecture import Architecture, Checkpoint, Voice
-from loratool.core.naming import Naming
 
 SPEC = Hunyuan(
     width=3072,
@@ -19,14 +20,11 @@ SPEC = Hunyuan(
 )
 
 
-def _transformer() -> dict[str, Naming]:
-    return hunyuan_namings(SPEC)
-
-
 ARCHITECTURE = Architecture(
     id="hunyuan-video",
     title="HunyuanVideo",
-    components={"transformer": _transformer},
+    components={"transformer": partial(hunyuan_namings, SPEC)},
+    outlines={"transformer": partial(hunyuan_namings, outline(SPEC))},
     writes={
         "kohya": {"transformer": Voice("lora_unet_", "native")},  # musubi-tuner
         "diffusers": {"transformer": Voice("transformer.", "diffusers")},

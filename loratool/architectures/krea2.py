@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 from loratool.architectures._rows import Row, one, two_namings
@@ -72,10 +73,6 @@ def _block(name: str, path: str, width: int, keys: int, mlp: int, head: int) -> 
     yield one(f"{name}.mlp.down", f"{path}.ff.down", width, mlp)
 
 
-def _transformer() -> dict[str, Naming]:
-    return transformer_namings(Krea2())
-
-
 _NUMBERED = numbered("B", 0, 27)
 _EVERY = ("TEXT", "IN", *_NUMBERED, "OUT")
 
@@ -93,7 +90,8 @@ BLOCKS = Blocks(
 ARCHITECTURE = Architecture(
     id="krea2",
     title="Krea 2",
-    components={"transformer": _transformer},
+    components={"transformer": partial(transformer_namings, Krea2())},
+    outlines={"transformer": partial(transformer_namings, Krea2(layers=1, text_blocks=1))},
     writes={
         "kohya": {"transformer": Voice("lora_unet_", "native")},  # musubi-tuner
         "diffusers": {"transformer": Voice("transformer.", "diffusers")},

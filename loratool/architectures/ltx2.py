@@ -12,8 +12,6 @@ from loratool.core.architecture import Architecture, Checkpoint, Variant, Voice
 from loratool.core.blocks import Blocks, Span, numbered
 from loratool.core.naming import Naming
 
-LAYERS = 48
-
 
 class Ltx2(NamedTuple):
     """What tells LTX-2.3 from LTX-2: gates in every attention, modulated cross-attention, and larger connectors that
@@ -26,6 +24,7 @@ class Ltx2(NamedTuple):
     video: int = 4096
     audio: int = 2048
     heads: int = 32
+    layers: int = 48
     channels: int = 128
     text: int = 3840
     text_layers: int = 49
@@ -61,7 +60,7 @@ def _rows(spec: Ltx2) -> Iterator[Row]:
         ("av_ca_v2a_gate", "av_cross_attn_audio_v2a_gate", spec.audio, 1),
     ):
         yield from modulation(f"{name}_adaln_single", path, width, count)
-    for index in range(LAYERS):
+    for index in range(spec.layers):
         yield from _block(f"transformer_blocks.{index}", spec)
     yield one("proj_out", "proj_out", spec.channels, spec.video)
     yield one("audio_proj_out", "audio_proj_out", spec.channels, spec.audio)
@@ -101,7 +100,7 @@ def _connector_rows(spec: Ltx2) -> Iterator[Row]:
             yield from feed_forward(f"{block}.ff", width, f"{path}.ff")
 
 
-_NUMBERED = numbered("B", 0, LAYERS - 1)
+_NUMBERED = numbered("B", 0, LTX_2_0.layers - 1)
 _EVERY = ("TEXT", "IN", *_NUMBERED, "OUT")
 
 BLOCKS = Blocks(
@@ -123,6 +122,7 @@ ARCHITECTURE = Architecture(
         "transformer": partial(transformer_namings, LTX_2_0),
         "connectors": partial(connector_namings, LTX_2_0),
     },
+    outlines={"transformer": partial(transformer_namings, LTX_2_0._replace(layers=1))},
     writes={
         "kohya": {"transformer": Voice("lora_unet_", "native")},
         "diffusers": {

@@ -58,6 +58,7 @@ ARCHITECTURE = Architecture(
     id="ltx-video",
     title="LTX-Video 13B",
     components={"transformer": partial(transformer_namings, LTX_13B)},
+    outlines={"transformer": partial(transformer_namings, LTX_13B._replace(layers=1))},
     writes={
         "kohya": {"transformer": Voice("lora_unet_", "native")},
         "diffusers": {"transformer": Voice("transformer.", "diffusers")},

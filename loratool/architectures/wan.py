@@ -140,6 +140,10 @@ ARCHITECTURE = Architecture(
         Checkpoint("comfyui", {"transformer": Voice("model.diffusion_model.", "native")}),
         Checkpoint("diffusers", {"transformer": Voice("", "diffusers"), "transformer_2": Voice("", "diffusers")}),
     ),
+    outlines={
+        "transformer": partial(transformer_namings, IMAGE_14B._replace(layers=1)),
+        "transformer_2": partial(transformer_namings, IMAGE_A14B._replace(layers=1), "transformer_2"),
+    },
     facts={"ss_base_model_version": "wan", "modelspec.architecture": "wan2.1/lora"},
     blocks=_blocks(IMAGE_14B.layers),
     variants=(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from loratool.core.adapter import Bundle
 from loratool.core.architecture import Architecture, Spoken
 from loratool.core.errors import FormatError
 from loratool.core.layout import Layout, Parsed, fits
+from loratool.core.naming import kind
 from loratool.core.registry import architectures, families, layouts
 from loratool.core.target import squeezed
 
@@ -129,15 +129,11 @@ def _whole(candidate: Candidate, metadata: Mapping[str, str]) -> float:
     held: Counter[tuple[str, str, str]] = Counter()
     for stem in candidate.parsed.groups:
         for said in candidate.layout.resolve(stem, candidate.architecture, metadata)[:1]:
-            held[said.component, said.voice.naming, _kind(said.name)] += 1
+            held[said.component, said.voice.naming, kind(said.name)] += 1
     known: Counter[tuple[str, str, str]] = Counter()
     for component, naming in {(component, naming) for component, naming, _ in held}:
-        known.update((component, naming, _kind(name)) for name in candidate.architecture.naming(component, naming))
-    return sum(count == known[kind] for kind, count in held.items()) / len(held)
-
-
-def _kind(name: str) -> str:
-    return re.sub(r"\d+", "#", name)
+        known.update((component, naming, kind(name)) for name in candidate.architecture.naming(component, naming))
+    return sum(count == known[of_kind] for of_kind, count in held.items()) / len(held)
 
 
 def _origin(models: Mapping[str, Architecture]) -> str | None:
