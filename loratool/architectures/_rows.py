@@ -33,14 +33,17 @@ def shift_and_scale(name: str, path: str, width: int, size: int) -> Row:
 
 def two_namings(rows: Iterable[Row], component: str = "transformer") -> dict[str, Naming]:
     """The namings `diffusers` (canonical) and `native`, of the original model."""
-    diffusers: dict[str, list[Target]] = {}
+    diffusers: dict[str, tuple[Target, ...]] = {}
     native: dict[str, tuple[Target, ...]] = {}
     for name, parts in rows:
-        native[name] = targets = tuple(Target(component, path, shape) for path, shape in parts)
+        native[name] = targets = tuple([Target(component, path, shape) for path, shape in parts])
         for target in targets:
-            diffusers.setdefault(target.module_path, []).append(target)
-    table = {path: (targets[0],) if len(targets) == 1 else _ordered(targets) for path, targets in diffusers.items()}
-    return {"diffusers": Naming(table), "native": Naming(native)}
+            if ":" in target.path:
+                path = target.module_path
+                diffusers[path] = _ordered((*diffusers.get(path, ()), target))
+            else:
+                diffusers[target.path] = (target,)
+    return {"diffusers": Naming(diffusers), "native": Naming(native)}
 
 
 def respelled(naming: Naming, rename: Callable[[str], str], tensor_key: Callable[[str], str] | None = None) -> Naming:
@@ -49,5 +52,5 @@ def respelled(naming: Naming, rename: Callable[[str], str], tensor_key: Callable
     return Naming(table, {name: tensor_key(name) for name in table} if tensor_key else None)
 
 
-def _ordered(targets: list[Target]) -> tuple[Target, ...]:
+def _ordered(targets: tuple[Target, ...]) -> tuple[Target, ...]:
     return tuple(sorted(targets, key=lambda target: SCALE_FIRST.get(target.path.rpartition(":")[2], 0)))

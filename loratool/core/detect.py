@@ -80,8 +80,7 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
     keys = list(bundle.tensors)
     sample = keys[:: max(1, len(keys) // SAMPLE)]
     readings: list[_Reading] = []
-    likely: list[tuple[_Reading, Architecture]] = []
-    unlikely: list[tuple[_Reading, Architecture]] = []
+    shares: list[tuple[float, _Reading, Architecture]] = []
     for spelling in [layouts()[layout]] if layout else layouts().values():
         stems = {parts[0] for key in sample if (parts := spelling.split(key)) is not None}
         if not stems:
@@ -91,10 +90,12 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
         for table in tables:
             known = sum(bool(spelling.resolve(stem, table, bundle.metadata)) for stem in stems)
             if known:
-                (likely if known >= ENOUGH / 2 * len(stems) else unlikely).append((reading, table))
-    candidates = _ranked(likely)
+                shares.append((known / len(stems), reading, table))
+    # The standard size of the right model names more than half of what its other sizes name.
+    likely = ENOUGH * max([share for share, *_ in shares], default=0.0)
+    candidates = _ranked((reading, table) for share, reading, table in shares if share >= max(likely, ENOUGH / 2))
     if not any(c.resolved >= ENOUGH for c in candidates):
-        candidates = _ranked(likely + unlikely)
+        candidates = _ranked((reading, table) for _, reading, table in shares)
     believed = [c for c in candidates if c.resolved > ENOUGH]
     if believed:
         rivals = [c for c in believed if c.score > believed[0].score - CLOSE]
