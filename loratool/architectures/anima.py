@@ -127,6 +127,10 @@ ARCHITECTURE = Architecture(
             },
         ),
     ),
-    facts={"ss_base_model_version": "anima", "modelspec.architecture": "anima-preview/lora"},
+    facts={
+        "ss_base_model_version": "anima",
+        "modelspec.architecture": "anima-preview/lora",
+        "ss_network_module": "networks.lora_anima",
+    },
     blocks=BLOCKS,
 )

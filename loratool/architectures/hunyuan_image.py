@@ -87,6 +87,7 @@ ARCHITECTURE = Architecture(
     facts={
         "ss_base_model_version": "hunyuan-image-2.1",
         "modelspec.architecture": "hunyuan-image-2.1/lora",
+        "ss_network_module": "networks.lora_hunyuan_image",
     },
     blocks=BLOCKS,
 )

@@ -36,6 +36,7 @@ ARCHITECTURE = Architecture(
         "kohya": {
             "transformer": (
                 Voice("lora_unet_", "comfyui"),
+                Voice("lora_unet__", "diffusers"),  # VideoX-Fun
                 Voice("lora_unet_", "diffusers"),  # musubi-tuner for FramePack
                 Voice("lora_transformer_", "diffusers"),  # OneTrainer
                 Voice("lycoris_", "diffusers"),
