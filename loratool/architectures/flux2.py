@@ -121,6 +121,7 @@ ARCHITECTURE = Architecture(
         "modelspec.architecture": "Flux.2-dev/lora",
     },
     blocks=_blocks(DEV),
+    kin="flux",
     variants=(
         _klein("FLUX.2 klein 9B", KLEIN_9B, "klein_9b"),
         _klein("FLUX.2 klein 4B", KLEIN_4B, "klein_4b"),

@@ -84,4 +84,5 @@ ARCHITECTURE = Architecture(
     ),
     facts={"ss_v2": "True"},  # 2.0 and 2.1, with and without v-prediction, have names of their own
     blocks=unet_blocks(UNET, (ATTENTION_BLOCKS, EVERY_BLOCK), ("text_encoder",)),
+    kin="sd15",
 )

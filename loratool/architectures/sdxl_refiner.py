@@ -75,4 +75,5 @@ ARCHITECTURE = Architecture(
     ),
     facts={"ss_v2": "False", "modelspec.architecture": "stable-diffusion-xl-v1-refiner/lora"},
     blocks=unet_blocks(UNET, (EVERY_BLOCK,), ("text_encoder_2",)),
+    kin="sdxl",
 )

@@ -27,7 +27,8 @@ SAMPLE = 64
 @dataclass(frozen=True, eq=False)
 class Candidate:
     """One reading of a bundle. `resolved` is the share of stems with a name in the tables, `fitting` the share of
-    those whose shape is the standard model's, `consistent` the share of dimensions that one other width explains."""
+    those whose shape is the standard model's. For other widths, `consistent` is the share of dimensions that are the
+    same wherever the standard model's are, `proportional` the share of those that differ from it by one factor."""
 
     layout: Layout
     architecture: Architecture
@@ -35,6 +36,7 @@ class Candidate:
     resolved: float
     fitting: float = 0.0
     consistent: float = 0.0
+    proportional: float = 0.0
     written: float = 0.0
 
     @property
@@ -45,7 +47,8 @@ class Candidate:
     @property
     def score(self) -> float:
         """Names first; sizes tell apart models that share names; written spellings win over aliases."""
-        return self.resolved * (0.5 + 0.3 * self.fitting + 0.2 * self.consistent) + 0.001 * self.written
+        width = 0.1 * self.consistent + 0.1 * self.proportional
+        return self.resolved * (0.5 + 0.3 * self.fitting + width) + 0.001 * self.written
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +197,10 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
         _note_widths(best or spoken[0], shape, widths)
     agreeing = sum(counter.most_common(1)[0][1] for counter in widths.values())
     noted = sum(sum(counter.values()) for counter in widths.values())
+    factors: Counter[float] = Counter()
+    for standard, counter in widths.items():
+        for size, count in counter.items():
+            factors[size / standard] += count
     found = Candidate(
         layout,
         architecture,
@@ -201,6 +208,7 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
         resolved / total if total else 0.0,
         fitting / sized if sized else 0.0,
         agreeing / noted if noted else 0.0,
+        max(factors.values()) / noted if noted else 0.0,
         plain / resolved if resolved else 0.0,
     )
     return [found]
