@@ -394,9 +394,10 @@ def test_users_files_are_recognised(tmp_path: Path, name: str) -> None:
     info = inspect(zero_file(tmp_path / f"{name}.safetensors", shapes))
     assert (info.layout, info.architecture, info.modules) == KEYS[name]
     if name.startswith("flux"):
-        # 76 norm scales twice over: a control LoRA trains them too, and img_in is twice as wide.
+        # 76 norm scales twice over: a control LoRA trains them, too. Its img_in is twice as wide: a size of its own.
         assert len(info.unread_keys) == (152 if name == "flux-control" else 0)
-        assert info.standard_width == (name != "flux-control")
+        assert info.standard_width
+        assert info.architecture_title == ("FLUX.1 Canny / Depth" if name == "flux-control" else "FLUX.1")
     else:
         assert info.architecture_score == 0.0
 
