@@ -28,7 +28,9 @@ SAMPLE = 64
 class Candidate:
     """One reading of a bundle. `resolved` is the share of stems with a name in the tables, `fitting` the share of
     those whose shape is the standard model's. For other widths, `consistent` is the share of dimensions that are the
-    same wherever the standard model's are, `proportional` the share of those that differ from it by one factor."""
+    same wherever the standard model's are, `proportional` the share of those that differ from it by one factor.
+    `written` is the share of resolved stems in the spelling that is written, `own` of those under the very names of the
+    checkpoint that the model was published as."""
 
     layout: Layout
     architecture: Architecture
@@ -38,6 +40,7 @@ class Candidate:
     consistent: float = 0.0
     proportional: float = 0.0
     written: float = 0.0
+    own: float = 0.0
 
     @property
     def perfect(self) -> bool:
@@ -53,13 +56,13 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """The best reading, and what came nearest. `tie` are the ids of models between which nothing decides, `kin` the
-    titles of models made from the best one, which the file may be for as well."""
+    """The best reading, and what came nearest. `tie` are the ids of models between which nothing decides, `others` the
+    titles of models that the file may be for as well, but hardly is."""
 
     best: Candidate
     candidates: tuple[Candidate, ...]
     tie: tuple[str, ...] = ()
-    kin: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def runner_up(self) -> Candidate | None:
@@ -98,12 +101,11 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
     if believed:
         rivals = [c for c in believed if c.score > believed[0].score - CLOSE]
         rivals = _named_in(bundle.metadata, rivals)
-        models = {c.architecture.id: c.architecture for c in reversed(rivals)}
-        origin = _origin(models)
-        if origin is not None:
-            best = next(c for c in rivals if c.architecture.id == origin)
-            kin = tuple(one.title for name, one in models.items() if name != origin)
-            return Detection(best, tuple(candidates), kin=kin)
+        best = _settled(rivals)
+        if best is not None:
+            titles = {c.architecture.id: c.architecture.title for c in reversed(rivals)}
+            others = tuple(title for name, title in titles.items() if name != best.architecture.id)
+            return Detection(best, tuple(candidates), others=others)
         return _open(readings, tuple(candidates), tuple(dict.fromkeys(c.architecture.id for c in rivals)))
     return _open(readings, tuple(candidates), ())
 
@@ -114,10 +116,15 @@ def _named_in(metadata: Mapping[str, str], rivals: Sequence[Candidate]) -> list[
     return [c for c, count in zip(rivals, agreeing, strict=True) if count == max(agreeing)]
 
 
-def _origin(models: Mapping[str, Architecture]) -> str | None:
-    """The one model that all others were made from; None if there are several."""
-    own = [name for name, model in models.items() if model.kin not in models]
-    return own[0] if len(own) == 1 else None
+def _settled(rivals: Sequence[Candidate]) -> Candidate | None:
+    """Of equally good readings the one that is likelier by far: as the older model, where the others are its kin, or,
+    of names without a prefix, as the model that was published under them. None if there are several."""
+    for likely in (rivals, [c for c in rivals if c.own == 1.0]):
+        models = {c.architecture.id: c.architecture for c in likely}
+        older = [name for name, model in models.items() if model.kin not in models]
+        if len(older) == 1:
+            return next(c for c in likely if c.architecture.id == older[0])
+    return None
 
 
 class _Reading:
@@ -179,8 +186,9 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
     if parsed is None:
         return []
     written = architecture.writes.get(layout.id, {})
+    published = architecture.checkpoints[0].voices if architecture.checkpoints else {}
     total = len(parsed.groups) + len(parsed.unknown)
-    resolved = plain = sized = fitting = 0
+    resolved = plain = own = sized = fitting = 0
     widths: dict[int, Counter[int]] = defaultdict(Counter)
     for stem in parsed.groups:
         spoken = layout.resolve(stem, architecture, metadata)
@@ -188,6 +196,7 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
             continue
         resolved += 1
         plain += any(written.get(said.component) == said.voice for said in spoken)
+        own += any(published.get(said.component) == said.voice for said in spoken)
         shape = None if architecture.open else reading.shapes[stem]
         if shape is None:
             continue
@@ -210,6 +219,7 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
         agreeing / noted if noted else 0.0,
         max(factors.values()) / noted if noted else 0.0,
         plain / resolved if resolved else 0.0,
+        own / resolved if resolved else 0.0,
     )
     return [found]
 

@@ -358,6 +358,7 @@ KEYS = {
     "flux-diffusers": ("diffusers", "flux", 494),
     "flux-ai-toolkit": ("comfyui", "flux", 228),
     "flux-control": ("comfyui", "flux", 314),
+    "qwen-image-diffusers": ("comfyui", "qwen-image", 3),
     "anima-kohya": ("kohya", "unknown", 11),
     "anima-peft": ("comfyui", "generic", 6),
 }
@@ -399,7 +400,7 @@ def test_users_files_are_recognised(tmp_path: Path, name: str) -> None:
         assert info.standard_width
         assert info.architecture_title == ("FLUX.1 Canny / Depth" if name == "flux-control" else "FLUX.1")
     else:
-        assert info.architecture_score == 0.0
+        assert info.architecture_score == (1.0 if info.architecture == "qwen-image" else 0.0)
 
 
 @pytest.mark.parametrize("name", ["flux-xlabs", "qwen-image-diffusers", "anima-kohya", "anima-peft"])
