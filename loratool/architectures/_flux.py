@@ -18,7 +18,7 @@ Row = tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]
 class FluxTransformer(NamedTuple):
     """The sizes of a Flux transformer. `guidance` is False for schnell, which has no guidance embedder.
 
-    `inputs` are the channels that go in: latents, and in Fill and the control models an image and a mask.
+    `inputs` are the channels that go in, if more than come out: Fill and the control models take an image, too.
     `approximator` is the width of the network that makes all modulations in Chroma, 0 where every block has its own.
     """
 
@@ -28,7 +28,7 @@ class FluxTransformer(NamedTuple):
     head: int = 128
     mlp_ratio: int = 4
     channels: int = 64
-    inputs: int = 64
+    inputs: int = 0
     context: int = 4096
     pooled: int = 768
     time: int = 256
@@ -82,7 +82,7 @@ def _omi_name(name: str, index: int, parts: int) -> str:
 
 def _rows(spec: FluxTransformer) -> Iterator[Row]:
     width = spec.width
-    yield "img_in", (("x_embedder", (width, spec.inputs)),)
+    yield "img_in", (("x_embedder", (width, spec.inputs or spec.channels)),)
     yield "txt_in", (("context_embedder", (width, spec.context)),)
     if spec.approximator:
         yield from _approximator("distilled_guidance_layer", spec)

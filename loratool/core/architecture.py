@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 
 from loratool.core.blocks import Blocks
-from loratool.core.naming import Naming
+from loratool.core.naming import Naming, kind
 from loratool.core.target import Target
 
 
@@ -82,6 +82,8 @@ class Architecture:
     adapter for this model. `blocks` are the parts that block weights may be given for, None where no list of them is
     known. An `open` architecture has no tables: any name is a target. `variants` are its other sizes. `kin` is the id
     of the older model whose names this one kept: a file that may be for either is taken for the older, with a note.
+    `outlines` are the tables of `components` with one block of each kind, where the whole ones are large: a stem of
+    another kind is none of the model's, which is so told without building them.
     """
 
     id: str
@@ -95,6 +97,7 @@ class Architecture:
     open: bool = False
     variants: tuple[Variant, ...] = ()
     kin: str = ""
+    outlines: Mapping[str, Callable[[], Namings]] = field(default_factory=dict)
 
     @cached_property
     def sizes(self) -> tuple[Architecture, ...]:
@@ -109,6 +112,7 @@ class Architecture:
             facts={**self.facts, **variant.facts},
             blocks=variant.blocks or self.blocks,
             variants=(),
+            outlines={},  # its names may be of more kinds, and it is only asked when the model is likely
         )
 
     def namings(self, component: str) -> Namings:
@@ -123,6 +127,11 @@ class Architecture:
     def naming(self, component: str, naming: str) -> Naming:
         """One naming of one component; KeyError if there is none."""
         return OPEN_NAMING if self.open else self.namings(component)[naming]
+
+    def may_name(self, component: str, naming: str, text: str, separator: str) -> bool:
+        """Whether `text`, dots written as `separator`, is of a kind that a naming has; True where no outline tells."""
+        outline = self.outlines.get(component)
+        return outline is None or kind(text) in _kinds(outline, naming, separator)
 
     def voices(self, layout: str) -> list[tuple[str, Voice]]:
         """Every (component, voice) that `layout` may use for this model, the written ones first."""
@@ -142,6 +151,11 @@ def _built(build: Callable[[], Namings]) -> Namings:
 
 
 @cache
+def _kinds(outline: Callable[[], Namings], naming: str, separator: str) -> frozenset[str]:
+    return frozenset(kind(name.replace(".", separator)) for name in _built(outline)[naming])
+
+
+@cache
 def _resolver(architecture: Architecture, layout: str, separator: str) -> Resolver:
     voices = architecture.voices(layout)
     if architecture.open:
@@ -157,9 +171,12 @@ def _resolver(architecture: Architecture, layout: str, separator: str) -> Resolv
     def look_up(stem: str) -> Sequence[Spoken]:
         found: list[Spoken] = []
         for component, voice in voices:
-            if stem.startswith(voice.prefix):  # most are not: their tables are never built
+            if not stem.startswith(voice.prefix):  # most do not: their tables are never built
+                continue
+            text = stem[len(voice.prefix) :]
+            if architecture.may_name(component, voice.naming, text, separator):
                 naming = architecture.naming(component, voice.naming)
-                for name in naming.spelled(stem[len(voice.prefix) :], separator):
+                for name in naming.spelled(text, separator):
                     found.append(Spoken(component, voice, name, naming[name]))
         return found
 

@@ -11,6 +11,7 @@ from loratool.core.adapter import Bundle
 from loratool.core.architecture import Architecture, Spoken
 from loratool.core.errors import FormatError
 from loratool.core.layout import Layout, Parsed, fits
+from loratool.core.naming import kind
 from loratool.core.registry import architectures, families, layouts
 from loratool.core.target import squeezed
 
@@ -19,6 +20,9 @@ ENOUGH = 0.5
 
 CLOSE = 0.02
 """Two architectures whose scores differ by less are a tie."""
+
+WHOLE = 0.5
+"""A model of whose blocks the file has by this much more than of another's is preferred to that one."""
 
 SAMPLE = 64
 """About so many keys, spread over the file, tell whether a spelling and a table are worth a closer look."""
@@ -82,8 +86,7 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
     keys = list(bundle.tensors)
     sample = keys[:: max(1, len(keys) // SAMPLE)]
     readings: list[_Reading] = []
-    likely: list[tuple[_Reading, Architecture]] = []
-    unlikely: list[tuple[_Reading, Architecture]] = []
+    shares: list[tuple[float, _Reading, Architecture]] = []
     for spelling in [layouts()[layout]] if layout else layouts().values():
         stems = {parts[0] for key in sample if (parts := spelling.split(key)) is not None}
         if not stems:
@@ -93,14 +96,17 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
         for table in tables:
             known = sum(bool(spelling.resolve(stem, table, bundle.metadata)) for stem in stems)
             if known:
-                (likely if known >= ENOUGH / 2 * len(stems) else unlikely).append((reading, table))
-    candidates = _ranked(likely)
+                shares.append((known / len(stems), reading, table))
+    # The standard size of the right model names more than half of what its other sizes name.
+    likely = ENOUGH * max([share for share, *_ in shares], default=0.0)
+    candidates = _ranked((reading, table) for share, reading, table in shares if share >= max(likely, ENOUGH / 2))
     if not any(c.resolved >= ENOUGH for c in candidates):
-        candidates = _ranked(likely + unlikely)
+        candidates = _ranked((reading, table) for _, reading, table in shares)
     believed = [c for c in candidates if c.resolved > ENOUGH]
     if believed:
         rivals = [c for c in believed if c.score > believed[0].score - CLOSE]
-        rivals = _named_in(bundle.metadata, rivals)
+        rivals = [c for c in rivals if c.perfect] or rivals
+        rivals = _of_as_many_blocks(bundle.metadata, _named_in(bundle.metadata, rivals))
         best = _settled(rivals)
         if best is not None:
             titles = {c.architecture.id: c.architecture.title for c in reversed(rivals)}
@@ -125,6 +131,26 @@ def _settled(rivals: Sequence[Candidate]) -> Candidate | None:
         if len(older) == 1:
             return next(c for c in likely if c.architecture.id == older[0])
     return None
+
+
+def _of_as_many_blocks(metadata: Mapping[str, str], rivals: Sequence[Candidate]) -> list[Candidate]:
+    """Of equally good readings those whose blocks end where the file's do: not 19 of 20, say, but 19 of 19."""
+    if len({c.architecture.id for c in rivals}) == 1:
+        return list(rivals)
+    whole = [_whole(c, metadata) for c in rivals]
+    return [c for c, share in zip(rivals, whole, strict=True) if share > max(whole) - WHOLE]
+
+
+def _whole(candidate: Candidate, metadata: Mapping[str, str]) -> float:
+    """The share of the file's kinds of names, numbers aside, of which it has every one that the table has."""
+    held: Counter[tuple[str, str, str]] = Counter()
+    for stem in candidate.parsed.groups:
+        for said in candidate.layout.resolve(stem, candidate.architecture, metadata)[:1]:
+            held[said.component, said.voice.naming, kind(said.name)] += 1
+    known: Counter[tuple[str, str, str]] = Counter()
+    for component, naming in {(component, naming) for component, naming, _ in held}:
+        known.update((component, naming, kind(name)) for name in candidate.architecture.naming(component, naming))
+    return sum(count == known[of_kind] for of_kind, count in held.items()) / len(held)
 
 
 class _Reading:
