@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 from loratool.architectures._dit import Row, dit_blocks, dit_namings, dit_voices, row, swapped
@@ -81,6 +82,7 @@ ARCHITECTURE = Architecture(
     writes=VOICES.writes,
     reads=VOICES.reads,
     checkpoints=VOICES.checkpoints,
+    outlines={"transformer": partial(transformer_namings, AuraFlowTransformer(double=1, single=1))},
     blocks=dit_blocks(
         {"joint_transformer_blocks.": ("D", 4), "single_transformer_blocks.": ("S", 32)}, ("norm_out.", "proj_out")
     ),

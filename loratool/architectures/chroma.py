@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from loratool.architectures._dit import T5, dit_blocks, dit_voices
 from loratool.architectures._flux import COMPONENT, FluxTransformer, transformer_namings
 from loratool.architectures._t5 import T5_XXL, t5_namings
 from loratool.core.architecture import Architecture, Voice
 from loratool.core.naming import Naming
 
+TRANSFORMER = FluxTransformer(guidance=False, approximator=5120)
+
 
 def _transformer() -> dict[str, Naming]:
-    return transformer_namings(FluxTransformer(guidance=False, approximator=5120))
+    return transformer_namings(TRANSFORMER)
 
 
 def _text_encoder() -> dict[str, Naming]:
@@ -27,6 +31,7 @@ ARCHITECTURE = Architecture(
     writes=VOICES.writes,
     reads=VOICES.reads,
     checkpoints=VOICES.checkpoints,
+    outlines={"transformer": partial(transformer_namings, TRANSFORMER._replace(double=1, single=1))},
     facts={
         "ss_network_module": "networks.lora_flux",
         "ss_base_model_version": "chroma",

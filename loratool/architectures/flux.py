@@ -141,6 +141,7 @@ ARCHITECTURE = Architecture(
         "ss_base_model_version": "flux1",
         "modelspec.architecture": "flux-1-dev/lora",
     },
+    outlines={"transformer": _transformer(FluxTransformer(double=1, single=1))},
     blocks=BLOCKS,
     variants=(
         Variant(

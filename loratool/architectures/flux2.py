@@ -115,6 +115,7 @@ ARCHITECTURE = Architecture(
     writes=VOICES.writes,
     reads=VOICES.reads,
     checkpoints=VOICES.checkpoints,
+    outlines={"transformer": _transformer(DEV._replace(double=1, single=1))},
     facts={
         "ss_network_module": "networks.lora_flux_2",
         "ss_base_model_version": "flux_2_dev",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 from loratool.architectures._dit import Shape, dit_blocks, dit_voices, same_namings
@@ -87,5 +88,6 @@ ARCHITECTURE = Architecture(
     writes=VOICES.writes,
     reads=VOICES.reads,
     checkpoints=VOICES.checkpoints,
+    outlines={"transformer": partial(transformer_namings, HiDreamTransformer(double=1, single=1))},
     blocks=dit_blocks({"double_stream_blocks.": ("D", 16), "single_stream_blocks.": ("S", 32)}, ("final_layer.",)),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 from loratool.architectures._dit import T5, Row, dit_blocks, dit_namings, dit_voices, fused, row
@@ -80,6 +81,7 @@ ARCHITECTURE = Architecture(
     writes=VOICES.writes,
     reads=VOICES.reads,
     checkpoints=VOICES.checkpoints,
+    outlines={"transformer": partial(transformer_namings, PixArtTransformer(blocks=1))},
     blocks=dit_blocks({"transformer_blocks.": ("B", 28)}, ("proj_out",), {"text_encoder": "T5"}),
     variants=(Variant("PixArt-Alpha 1024", {"transformer": _sized}),),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 from loratool.architectures._dit import Shape, dit_blocks, dit_voices, same_namings
@@ -67,6 +68,7 @@ ARCHITECTURE = Architecture(
     writes=VOICES.writes,
     reads=VOICES.reads,
     checkpoints=VOICES.checkpoints,
+    outlines={"transformer": partial(transformer_namings, QwenImageTransformer(blocks=1))},
     facts={
         "ss_network_module": "networks.lora_qwen_image",
         "ss_base_model_version": "qwen_image",

@@ -94,6 +94,7 @@ ARCHITECTURE = Architecture(
     writes=VOICES.writes,
     reads=VOICES.reads,
     checkpoints=VOICES.checkpoints,
+    outlines={"transformer": _transformer(MIDDLE._replace(blocks=1))},
     blocks=_blocks(MIDDLE),
     variants=(
         _variant("Sana 1.5 4.8B", LARGE_15),

@@ -137,6 +137,7 @@ ARCHITECTURE = Architecture(
     writes=VOICES.writes,
     reads=VOICES.reads,
     checkpoints=VOICES.checkpoints,
+    outlines={"transformer": _transformer(LARGE_35._replace(blocks=2))},
     facts={"ss_network_module": "networks.lora_sd3", "modelspec.architecture": "stable-diffusion-3-5-large/lora"},
     blocks=_blocks(LARGE_35),
     variants=(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 from loratool.architectures._dit import Row, dit_blocks, dit_namings, dit_voices, fused, row
@@ -74,6 +75,7 @@ ARCHITECTURE = Architecture(
     writes=VOICES.writes,
     reads=VOICES.reads,
     checkpoints=VOICES.checkpoints,
+    outlines={"transformer": partial(transformer_namings, ZImageTransformer(layers=1, refiners=1))},
     facts={
         "ss_network_module": "networks.lora_zimage",
         "ss_base_model_version": "z_image",
