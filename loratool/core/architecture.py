@@ -81,7 +81,7 @@ class Architecture:
     voices that occur in files. `facts` are `ss_*` / `modelspec.*` metadata that are true of every
     adapter for this model. `blocks` are the parts that block weights may be given for, None where no list of them is
     known. An `open` architecture has no tables: any name is a target. `variants` are its other sizes. `kin` is the id
-    of the model that this one was made from, names kept: a file that may be for either is taken for that one.
+    of the older model whose names this one kept: a file that may be for either is taken for the older, with a note.
     `outlines` are the tables of `components` with one block of each kind, where the whole ones are large: a stem of
     another kind is none of the model's, which is so told without building them.
     """

@@ -31,7 +31,10 @@ SAMPLE = 64
 @dataclass(frozen=True, eq=False)
 class Candidate:
     """One reading of a bundle. `resolved` is the share of stems with a name in the tables, `fitting` the share of
-    those whose shape is the standard model's, `consistent` the share of dimensions that one other width explains."""
+    those whose shape is the standard model's. For other widths, `consistent` is the share of dimensions that are the
+    same wherever the standard model's are, `proportional` the share of those that differ from it by one factor.
+    `written` is the share of resolved stems in the spelling that is written, `own` of those under the very names of the
+    checkpoint that the model was published as."""
 
     layout: Layout
     architecture: Architecture
@@ -39,7 +42,9 @@ class Candidate:
     resolved: float
     fitting: float = 0.0
     consistent: float = 0.0
+    proportional: float = 0.0
     written: float = 0.0
+    own: float = 0.0
 
     @property
     def perfect(self) -> bool:
@@ -49,18 +54,19 @@ class Candidate:
     @property
     def score(self) -> float:
         """Names first; sizes tell apart models that share names; written spellings win over aliases."""
-        return self.resolved * (0.5 + 0.3 * self.fitting + 0.2 * self.consistent) + 0.001 * self.written
+        width = 0.1 * self.consistent + 0.1 * self.proportional
+        return self.resolved * (0.5 + 0.3 * self.fitting + width) + 0.001 * self.written
 
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """The best reading, and what came nearest. `tie` are the ids of models between which nothing decides, `kin` the
-    titles of models made from the best one, which the file may be for as well."""
+    """The best reading, and what came nearest. `tie` are the ids of models between which nothing decides, `others` the
+    titles of models that the file may be for as well, but hardly is."""
 
     best: Candidate
     candidates: tuple[Candidate, ...]
     tie: tuple[str, ...] = ()
-    kin: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def runner_up(self) -> Candidate | None:
@@ -101,12 +107,11 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
         rivals = [c for c in believed if c.score > believed[0].score - CLOSE]
         rivals = [c for c in rivals if c.perfect] or rivals
         rivals = _of_as_many_blocks(bundle.metadata, _named_in(bundle.metadata, rivals))
-        models = {c.architecture.id: c.architecture for c in reversed(rivals)}
-        origin = _origin(models)
-        if origin is not None:
-            best = next(c for c in rivals if c.architecture.id == origin)
-            kin = tuple(one.title for name, one in models.items() if name != origin)
-            return Detection(best, tuple(candidates), kin=kin)
+        best = _settled(rivals)
+        if best is not None:
+            titles = {c.architecture.id: c.architecture.title for c in reversed(rivals)}
+            others = tuple(title for name, title in titles.items() if name != best.architecture.id)
+            return Detection(best, tuple(candidates), others=others)
         return _open(readings, tuple(candidates), tuple(dict.fromkeys(c.architecture.id for c in rivals)))
     return _open(readings, tuple(candidates), ())
 
@@ -115,6 +120,17 @@ def _named_in(metadata: Mapping[str, str], rivals: Sequence[Candidate]) -> list[
     """Of equally good readings those whose model the header names; all if it names none, or all alike."""
     agreeing = [sum(metadata.get(key) == fact for key, fact in c.architecture.facts.items()) for c in rivals]
     return [c for c, count in zip(rivals, agreeing, strict=True) if count == max(agreeing)]
+
+
+def _settled(rivals: Sequence[Candidate]) -> Candidate | None:
+    """Of equally good readings the one that is likelier by far: as the older model, where the others are its kin, or,
+    of names without a prefix, as the model that was published under them. None if there are several."""
+    for likely in (rivals, [c for c in rivals if c.own == 1.0]):
+        models = {c.architecture.id: c.architecture for c in likely}
+        older = [name for name, model in models.items() if model.kin not in models]
+        if len(older) == 1:
+            return next(c for c in likely if c.architecture.id == older[0])
+    return None
 
 
 def _of_as_many_blocks(metadata: Mapping[str, str], rivals: Sequence[Candidate]) -> list[Candidate]:
@@ -135,12 +151,6 @@ def _whole(candidate: Candidate, metadata: Mapping[str, str]) -> float:
     for component, naming in {(component, naming) for component, naming, _ in held}:
         known.update((component, naming, kind(name)) for name in candidate.architecture.naming(component, naming))
     return sum(count == known[of_kind] for of_kind, count in held.items()) / len(held)
-
-
-def _origin(models: Mapping[str, Architecture]) -> str | None:
-    """The one model that all others were made from; None if there are several."""
-    own = [name for name, model in models.items() if model.kin not in models]
-    return own[0] if len(own) == 1 else None
 
 
 class _Reading:
@@ -202,8 +212,9 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
     if parsed is None:
         return []
     written = architecture.writes.get(layout.id, {})
+    published = architecture.checkpoints[0].voices if architecture.checkpoints else {}
     total = len(parsed.groups) + len(parsed.unknown)
-    resolved = plain = sized = fitting = 0
+    resolved = plain = own = sized = fitting = 0
     widths: dict[int, Counter[int]] = defaultdict(Counter)
     for stem in parsed.groups:
         spoken = layout.resolve(stem, architecture, metadata)
@@ -211,6 +222,7 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
             continue
         resolved += 1
         plain += any(written.get(said.component) == said.voice for said in spoken)
+        own += any(published.get(said.component) == said.voice for said in spoken)
         shape = None if architecture.open else reading.shapes[stem]
         if shape is None:
             continue
@@ -220,6 +232,10 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
         _note_widths(best or spoken[0], shape, widths)
     agreeing = sum(counter.most_common(1)[0][1] for counter in widths.values())
     noted = sum(sum(counter.values()) for counter in widths.values())
+    factors: Counter[float] = Counter()
+    for standard, counter in widths.items():
+        for size, count in counter.items():
+            factors[size / standard] += count
     found = Candidate(
         layout,
         architecture,
@@ -227,7 +243,9 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
         resolved / total if total else 0.0,
         fitting / sized if sized else 0.0,
         agreeing / noted if noted else 0.0,
+        max(factors.values()) / noted if noted else 0.0,
         plain / resolved if resolved else 0.0,
+        own / resolved if resolved else 0.0,
     )
     return [found]
 

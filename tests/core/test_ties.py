@@ -128,9 +128,9 @@ def test_the_header_decides() -> None:
 def test_what_anima_and_cosmos_share_is_taken_for_anima() -> None:
     detection = found(lora(architectures()["anima"], "comfyui", lambda name: ".mlp.layer" in name))
     assert detection.best.architecture.id == "anima"
-    assert detection.kin == ("Cosmos-Predict2/2.5 2B",)
+    assert detection.others == ("Cosmos-Predict2/2.5 2B",)
     with_adapter = found(lora(architectures()["anima"], "comfyui", blocks_only))
-    assert (with_adapter.best.architecture.id, with_adapter.kin) == ("anima", ())
+    assert (with_adapter.best.architecture.id, with_adapter.others) == ("anima", ())
 
 
 def test_what_ltx_video_and_ltx_2_share_is_taken_for_ltx_video() -> None:
@@ -142,7 +142,7 @@ def test_what_ltx_video_and_ltx_2_share_is_taken_for_ltx_video() -> None:
         )
     )
     assert detection.best.architecture.id == "ltx-video"
-    assert detection.kin == ("LTX-2",)
+    assert detection.others == ("LTX-2",)
     with_sound = found(lora(architectures()["ltx2"], "comfyui", lambda name: "attn" in name))
     assert with_sound.best.architecture.id == "ltx2"
 
