@@ -16,7 +16,8 @@ class WanTransformer(NamedTuple):
     """What tells one of these transformers from another. `image` is the width of CLIP's image embeddings (0: none).
 
     Wan 2.1 reads an image through its cross-attention as well, 2.2 only beside the latent channels. The model for
-    first and last frame differs from the one for images by a position embedding, which is no module's weight.
+    first and last frame differs from the one for images by a position embedding, which is no module's weight. `vace` is
+    the number of blocks that VACE reads its reference with (0: it is no VACE).
     """
 
     layers: int = 40
@@ -27,12 +28,16 @@ class WanTransformer(NamedTuple):
     image: int = 0
     context: int = 4096
     time: int = 256
+    vace: int = 0
+    vace_channels: int = 96
 
 
 IMAGE_14B = WanTransformer(channels=36, image=1280)
 TEXT_14B = WanTransformer()
 IMAGE_A14B = WanTransformer(channels=36)
 TEXT_1_3B = WanTransformer(layers=30, width=1536, mlp=8960)
+VACE_14B = WanTransformer(vace=8)
+VACE_1_3B = TEXT_1_3B._replace(vace=15)
 TEXT_IMAGE_5B = WanTransformer(layers=30, width=3072, mlp=14336, channels=48, out=48)
 
 
@@ -56,7 +61,20 @@ def _rows(spec: WanTransformer) -> Iterator[Row]:
         yield one("img_emb.proj.4", f"{path}.norm2", width)
     for index in range(spec.layers):
         yield from _block(f"blocks.{index}", spec)
+    if spec.vace:
+        yield from _vace(spec)
     yield one("head.head", "proj_out", 4 * spec.out, width)
+
+
+def _vace(spec: WanTransformer) -> Iterator[Row]:
+    width = spec.width
+    yield one("vace_patch_embedding", "vace_patch_embedding", width, spec.vace_channels, 1, 2, 2)
+    for index in range(spec.vace):
+        block = f"vace_blocks.{index}"
+        if index == 0:
+            yield one(f"{block}.before_proj", f"{block}.proj_in", width, width)
+        yield from _block(block, spec)
+        yield one(f"{block}.after_proj", f"{block}.proj_out", width, width)
 
 
 def _block(block: str, spec: WanTransformer) -> Iterator[Row]:
@@ -77,9 +95,9 @@ def _block(block: str, spec: WanTransformer) -> Iterator[Row]:
     yield one(f"{block}.ffn.2", f"{block}.ffn.net.2", width, spec.mlp)
 
 
-def _blocks(layers: int) -> Blocks:
-    blocks = numbered("B", 0, layers - 1)
-    spans = (("blocks.", "B{}"), ("head.", "OUT"), ("", "IN"))
+def _blocks(spec: WanTransformer) -> Blocks:
+    blocks = (*numbered("B", 0, spec.layers - 1), *(numbered("V", 0, spec.vace - 1) if spec.vace else ()))
+    spans = (("blocks.", "B{}"), ("vace_blocks.", "V{}"), ("head.", "OUT"), ("", "IN"))
     return Blocks(
         labels=("IN", *blocks, "OUT"),
         spans=tuple(Span(name, "native", *span) for name in ("transformer", "transformer_2") for span in spans),
@@ -92,7 +110,7 @@ def _variant(title: str, spec: WanTransformer) -> Variant:
         "transformer": partial(transformer_namings, spec),
         "transformer_2": partial(transformer_namings, spec, "transformer_2"),
     }
-    return Variant(title, components, blocks=_blocks(spec.layers))
+    return Variant(title, components, blocks=_blocks(spec))
 
 
 ARCHITECTURE = Architecture(
@@ -149,11 +167,13 @@ ARCHITECTURE = Architecture(
         "modelspec.architecture": "wan2.1/lora",
         "ss_network_module": "networks.lora_wan",
     },
-    blocks=_blocks(IMAGE_14B.layers),
+    blocks=_blocks(IMAGE_14B),
     variants=(
         _variant("Wan 2.1/2.2 14B text-to-video", TEXT_14B),
         _variant("Wan 2.2 14B image-to-video", IMAGE_A14B),
         _variant("Wan 2.2 5B", TEXT_IMAGE_5B),
         _variant("Wan 2.1 1.3B", TEXT_1_3B),
+        _variant("Wan 2.1 VACE 14B", VACE_14B),
+        _variant("Wan 2.1 VACE 1.3B", VACE_1_3B),
     ),
 )

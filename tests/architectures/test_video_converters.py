@@ -52,7 +52,7 @@ class Kept(dict[str, Tensor]):
 CHECKPOINTS = [
     *(
         ("wan", title, checkpoint, "convert_wan_transformer_to_diffusers")
-        for title in ("", "Wan 2.1/2.2 14B text-to-video", "Wan 2.2 5B", "Wan 2.1 1.3B")
+        for title in ("", "Wan 2.1/2.2 14B text-to-video", "Wan 2.2 5B", "Wan 2.1 1.3B", "Wan 2.1 VACE 1.3B")
         for checkpoint in ("native", "comfyui")
     ),
     ("hunyuan-video", "", "native", "convert_hunyuan_video_transformer_to_diffusers"),
