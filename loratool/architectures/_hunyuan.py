@@ -1,4 +1,4 @@
-"""What HunyuanVideo and HunyuanImage have in common: a refiner of the text, double blocks, single blocks."""
+"""What the HunyuanVideos and HunyuanImage have in common: a refiner of the text, double blocks, single blocks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 from loratool.architectures._rows import Row, fused, one, respelled, shift_and_scale, two_namings
 from loratool.core.blocks import Blocks, Span, numbered
 from loratool.core.naming import Naming
+from loratool.core.target import Target
 
 
 class Embedder(NamedTuple):
@@ -20,7 +21,8 @@ class Embedder(NamedTuple):
 
 
 class Hunyuan(NamedTuple):
-    """What tells one of these transformers from another. `glyph` is the width of ByT5's embeddings (0: none)."""
+    """What tells one of these transformers from another. `glyph` is the width of ByT5's embeddings,
+    `vision` that of an image's (0: none)."""
 
     width: int
     context: int
@@ -28,6 +30,7 @@ class Hunyuan(NamedTuple):
     out: int
     embedders: tuple[Embedder, ...]
     glyph: int = 0
+    vision: int = 0
     double: int = 20
     single: int = 40
     refiner: int = 2
@@ -51,7 +54,20 @@ def hunyuan_namings(spec: Hunyuan) -> dict[str, Naming]:
 
 def outline(spec: Hunyuan) -> Hunyuan:
     """One block of each kind."""
-    return spec._replace(double=1, single=1, refiner=1)
+    return spec._replace(double=1, single=min(1, spec.single), refiner=1)
+
+
+def parallel(native: Naming) -> Naming:
+    """The names of checkpoints made for tensor parallelism: nothing is fused but in the refiner."""
+    table: dict[str, tuple[Target, ...]] = {}
+    for name, targets in native.items():
+        block = name.startswith(("double_blocks.", "single_blocks."))
+        if block and len(targets) > 1:
+            start = name.removesuffix("qkv") if name.endswith("qkv") else f"{name}_"
+            table |= {f"{start}{part}": (target,) for part, target in zip(("q", "k", "v", "mlp"), targets)}
+        else:
+            table[f"{name}.fc" if name.endswith(".linear2") else name] = targets
+    return Naming(table)
 
 
 _COMFYUI = (
@@ -90,6 +106,8 @@ def _rows(spec: Hunyuan) -> Iterator[Row]:
     yield one("img_in.proj", "x_embedder.proj", width, *spec.patch)
     if spec.glyph:
         yield from _glyphs(spec)
+    if spec.vision:
+        yield from _vision(spec)
     yield from _text(spec)
     for embedder in spec.embedders:
         yield from _embedder(embedder, width)
@@ -112,6 +130,15 @@ def _glyphs(spec: Hunyuan) -> Iterator[Row]:
     yield one("byt5_in.fc1", "context_embedder_2.linear_1", inner, spec.glyph)
     yield one("byt5_in.fc2", "context_embedder_2.linear_2", inner, inner)
     yield one("byt5_in.fc3", "context_embedder_2.linear_3", spec.width, inner)
+
+
+def _vision(spec: Hunyuan) -> Iterator[Row]:
+    width, size = spec.width, spec.vision
+    yield one("vision_in.proj.0", "image_embedder.norm_in", size)
+    yield one("vision_in.proj.1", "image_embedder.linear_1", size, size)
+    yield one("vision_in.proj.3", "image_embedder.linear_2", width, size)
+    yield one("vision_in.proj.4", "image_embedder.norm_out", width)
+    yield one("cond_type_embedding", "cond_type_embed", 3, width)
 
 
 def _text(spec: Hunyuan) -> Iterator[Row]:
@@ -164,12 +191,10 @@ def _single_block(name: str, path: str, spec: Hunyuan) -> Iterator[Row]:
     yield one(f"{name}.linear2", f"{path}.proj_out", width, width + mlp)
 
 
-NUMBERED_BLOCKS = (*numbered("D", 0, 19), *numbered("S", 0, 39))
-
-
-def hunyuan_blocks(text_encoders: Mapping[str, str]) -> Blocks:
+def hunyuan_blocks(spec: Hunyuan, text_encoders: Mapping[str, str]) -> Blocks:
     """The blocks of such a model, numbered as Flux' are; `text_encoders` are the labels of its encoders."""
-    every = (*text_encoders.values(), "IN", *NUMBERED_BLOCKS, "OUT")
+    blocks = (*numbered("D", 0, spec.double - 1), *numbered("S", 0, spec.single - 1))
+    every = (*text_encoders.values(), "IN", *blocks, "OUT")
     transformer = (("double_blocks.", "D{}"), ("single_blocks.", "S{}"), ("final_layer.", "OUT"), ("", "IN"))
     return Blocks(
         labels=every,
@@ -177,5 +202,5 @@ def hunyuan_blocks(text_encoders: Mapping[str, str]) -> Blocks:
             *(Span(component, "hf", "", label) for component, label in text_encoders.items()),
             *(Span("transformer", "native", *span) for span in transformer),
         ),
-        lists=(NUMBERED_BLOCKS, every),
+        lists=(blocks, every),
     )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from loratool.architectures._hunyuan import Hunyuan, hunyuan_blocks, hunyuan_namings, mlp_embedder, outline
+from loratool.architectures._hunyuan import Hunyuan, hunyuan_blocks, hunyuan_namings, mlp_embedder, outline, parallel
 from loratool.core.architecture import Architecture, Checkpoint, Voice
 from loratool.core.naming import Naming
-from loratool.core.target import Target
 
 SPEC = Hunyuan(
     width=3584,
@@ -27,20 +26,7 @@ SPEC = Hunyuan(
 def transformer_namings(spec: Hunyuan) -> dict[str, Naming]:
     """The namings of `hunyuan_namings`, and `parallel`."""
     namings = hunyuan_namings(spec)
-    return {**namings, "parallel": _parallel(namings["native"])}
-
-
-def _parallel(native: Naming) -> Naming:
-    """The names of the published checkpoints, made for tensor parallelism: nothing is fused but in the refiner."""
-    table: dict[str, tuple[Target, ...]] = {}
-    for name, targets in native.items():
-        block = name.startswith(("double_blocks.", "single_blocks."))
-        if block and len(targets) > 1:
-            start = name.removesuffix("qkv") if name.endswith("qkv") else f"{name}_"
-            table |= {f"{start}{part}": (target,) for part, target in zip(("q", "k", "v", "mlp"), targets)}
-        else:
-            table[f"{name}.fc" if name.endswith(".linear2") else name] = targets
-    return Naming(table)
+    return {**namings, "parallel": parallel(namings["native"])}
 
 
 ARCHITECTURE = Architecture(
@@ -89,5 +75,5 @@ ARCHITECTURE = Architecture(
         "modelspec.architecture": "hunyuan-image-2.1/lora",
         "ss_network_module": "networks.lora_hunyuan_image",
     },
-    blocks=hunyuan_blocks({}),
+    blocks=hunyuan_blocks(SPEC, {}),
 )

@@ -320,6 +320,33 @@ def test_hunyuan_image_as_diffusers_script_says() -> None:
     assert paths_of(naming) == written_out(HUNYUAN_IMAGE, HUNYUAN_COUNTS)
 
 
+def test_hunyuan_video_15_as_diffusers_script_says() -> None:
+    """scripts/convert_hunyuan_video1_5_to_diffusers.py of diffusers; blocks and refiner as in HunyuanImage."""
+    naming = size_of("hunyuan-video-15").naming("transformer", "native")
+    same = ("img_in.", "byt5_in.", "txt_in.", "double_blocks.", "final_layer.")
+    kinds = {name: path for name, path in HUNYUAN_IMAGE.items() if name.startswith(same)} | {
+        "time_in.mlp.0": "time_embed.timestep_embedder.linear_1",
+        "time_in.mlp.2": "time_embed.timestep_embedder.linear_2",
+        "vision_in.proj.0": "image_embedder.norm_in",
+        "vision_in.proj.1": "image_embedder.linear_1",
+        "vision_in.proj.3": "image_embedder.linear_2",
+        "vision_in.proj.4": "image_embedder.norm_out",
+        "cond_type_embedding": "cond_type_embed",
+    }
+    assert paths_of(naming) == written_out(kinds, {**HUNYUAN_COUNTS, "double_blocks.": 54})
+
+
+def test_hunyuan_video_15_fused_as_musubi_tuner_does_for_comfyui() -> None:
+    """convert_hunyuan_video_1_5_lora_to_comfy.py: q, k, v in this order, layers of the MLP by number, `lin`."""
+    namings = size_of("hunyuan-video-15").namings("transformer")
+    for stream in ("img", "txt"):
+        start = f"double_blocks.53.{stream}"
+        parts = [namings["native"][f"{start}_attn_{part}"][0] for part in "qkv"]
+        assert list(namings["comfyui"][f"{start}_attn.qkv"]) == parts
+        for ours, theirs in (("_mlp.0", "_mlp.fc1"), ("_mlp.2", "_mlp.fc2"), ("_mod.lin", "_mod.linear")):
+            assert namings["comfyui"][start + ours] == namings["native"][start + theirs]
+
+
 def test_hunyuan_image_fused_as_in_hunyuan_video() -> None:
     """sd-scripts and ComfyUI fuse q, k, v and the MLP in the order in which the published names follow each other."""
     namings = size_of("hunyuan-image").namings("transformer")

@@ -54,6 +54,7 @@ def attention(name: str) -> bool:
 MODELS = (
     "wan",
     "hunyuan-video",
+    "hunyuan-video-15",
     "hunyuan-image",
     "ltx-video",
     "ltx2",

@@ -21,6 +21,7 @@ DATA = Path(__file__).parents[2].parent / "shared" / "data"
 MODELS = (
     "wan",
     "hunyuan-video",
+    "hunyuan-video-15",
     "hunyuan-image",
     "ltx-video",
     "ltx2",
