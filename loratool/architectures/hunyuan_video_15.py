@@ -22,7 +22,7 @@ SPEC = Hunyuan(
 
 
 def transformer_namings(spec: Hunyuan) -> dict[str, Naming]:
-    """The namings `diffusers` (canonical), `native`, with nothing fused in blocks, and `comfyui`, with q, k, v in one."""
+    """The namings `diffusers` (canonical), `native`, with nothing fused in blocks, and `comfyui`, which fuses there."""
     namings = hunyuan_namings(spec)
     return {**namings, "native": parallel(namings["native"])}
 
