@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from loratool.architectures._rows import Row, fused, one, respelled, shift_and_scale, two_namings
@@ -164,17 +164,18 @@ def _single_block(name: str, path: str, spec: Hunyuan) -> Iterator[Row]:
     yield one(f"{name}.linear2", f"{path}.proj_out", width, width + mlp)
 
 
-_NUMBERED = (*numbered("D", 0, 19), *numbered("S", 0, 39))
-_EVERY = ("IN", *_NUMBERED, "OUT")
+NUMBERED_BLOCKS = (*numbered("D", 0, 19), *numbered("S", 0, 39))
 
-BLOCKS = Blocks(
-    labels=_EVERY,
-    spans=(
-        Span("transformer", "native", "double_blocks.", "D{}"),
-        Span("transformer", "native", "single_blocks.", "S{}"),
-        Span("transformer", "native", "final_layer.", "OUT"),
-        Span("transformer", "native", "", "IN"),
-    ),
-    lists=(_NUMBERED, _EVERY),
-)
-"""The blocks of both models, numbered as Flux' are."""
+
+def hunyuan_blocks(text_encoders: Mapping[str, str]) -> Blocks:
+    """The blocks of such a model, numbered as Flux' are; `text_encoders` are the labels of its encoders."""
+    every = (*text_encoders.values(), "IN", *NUMBERED_BLOCKS, "OUT")
+    transformer = (("double_blocks.", "D{}"), ("single_blocks.", "S{}"), ("final_layer.", "OUT"), ("", "IN"))
+    return Blocks(
+        labels=every,
+        spans=(
+            *(Span(component, "hf", "", label) for component, label in text_encoders.items()),
+            *(Span("transformer", "native", *span) for span in transformer),
+        ),
+        lists=(NUMBERED_BLOCKS, every),
+    )

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from functools import partial
 
 from loratool.architectures._cosmos import SPANS, CosmosTransformer, transformer_namings
-from loratool.architectures._qwen3 import Qwen3, qwen3_namings
+from loratool.architectures._decoder import QWEN3_06B, decoder_namings
 from loratool.core.architecture import Architecture, Checkpoint, Voice
 from loratool.core.blocks import Blocks, Span, numbered
 from loratool.core.naming import Naming
 from loratool.core.target import Target
 
 CONDITIONER = "text_conditioner"
-QWEN3_06B = Qwen3(layers=28, width=1024, mlp=3072, heads=16, groups=8)
 TRANSFORMER = CosmosTransformer(layers=28, width=2048, channels=17)
 
 
@@ -55,11 +54,11 @@ ARCHITECTURE = Architecture(
     components={
         "transformer": partial(transformer_namings, TRANSFORMER),
         CONDITIONER: _text_conditioner,
-        "text_encoder": partial(qwen3_namings, QWEN3_06B, "text_encoder"),
+        "text_encoder": partial(decoder_namings, QWEN3_06B, "text_encoder"),
     },
     outlines={
         "transformer": partial(transformer_namings, TRANSFORMER._replace(layers=1)),
-        "text_encoder": partial(qwen3_namings, QWEN3_06B._replace(layers=1), "text_encoder"),
+        "text_encoder": partial(decoder_namings, QWEN3_06B._replace(layers=1), "text_encoder"),
     },
     writes={
         "kohya": {
@@ -127,6 +126,10 @@ ARCHITECTURE = Architecture(
             },
         ),
     ),
-    facts={"ss_base_model_version": "anima", "modelspec.architecture": "anima-preview/lora"},
+    facts={
+        "ss_base_model_version": "anima",
+        "modelspec.architecture": "anima-preview/lora",
+        "ss_network_module": "networks.lora_anima",
+    },
     blocks=BLOCKS,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from loratool.architectures._hunyuan import BLOCKS, Hunyuan, hunyuan_namings, mlp_embedder, outline
+from loratool.architectures._hunyuan import Hunyuan, hunyuan_blocks, hunyuan_namings, mlp_embedder, outline
 from loratool.core.architecture import Architecture, Checkpoint, Voice
 from loratool.core.naming import Naming
 from loratool.core.target import Target
@@ -87,6 +87,7 @@ ARCHITECTURE = Architecture(
     facts={
         "ss_base_model_version": "hunyuan-image-2.1",
         "modelspec.architecture": "hunyuan-image-2.1/lora",
+        "ss_network_module": "networks.lora_hunyuan_image",
     },
-    blocks=BLOCKS,
+    blocks=hunyuan_blocks({}),
 )

@@ -119,6 +119,10 @@ ARCHITECTURE = Architecture(
         Checkpoint("comfyui", {"transformer": Voice("model.diffusion_model.", "native")}),
         Checkpoint("diffusers", {"transformer": Voice("", "diffusers")}),
     ),
-    facts={"ss_base_model_version": "krea2", "modelspec.architecture": "Krea-2/lora"},
+    facts={
+        "ss_base_model_version": "krea2",
+        "modelspec.architecture": "Krea-2/lora",
+        "ss_network_module": "networks.lora_krea2",
+    },
     blocks=BLOCKS,
 )

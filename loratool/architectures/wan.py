@@ -144,7 +144,11 @@ ARCHITECTURE = Architecture(
         "transformer": partial(transformer_namings, IMAGE_14B._replace(layers=1)),
         "transformer_2": partial(transformer_namings, IMAGE_A14B._replace(layers=1), "transformer_2"),
     },
-    facts={"ss_base_model_version": "wan", "modelspec.architecture": "wan2.1/lora"},
+    facts={
+        "ss_base_model_version": "wan",
+        "modelspec.architecture": "wan2.1/lora",
+        "ss_network_module": "networks.lora_wan",
+    },
     blocks=_blocks(IMAGE_14B.layers),
     variants=(
         _variant("Wan 2.1/2.2 14B text-to-video", TEXT_14B),

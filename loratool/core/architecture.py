@@ -83,7 +83,7 @@ class Architecture:
     known. An `open` architecture has no tables: any name is a target. `variants` are its other sizes. `kin` is the id
     of the older model whose names this one kept: a file that may be for either is taken for the older, with a note.
     `outlines` are the tables of `components` with one block of each kind, where the whole ones are large: a stem of
-    another kind is none of the model's, which is so told without building them.
+    another kind is none of the model's, which is so told without building them. A `sketched` one is only asked that.
     """
 
     id: str
@@ -98,6 +98,12 @@ class Architecture:
     variants: tuple[Variant, ...] = ()
     kin: str = ""
     outlines: Mapping[str, Callable[[], Namings]] = field(default_factory=dict)
+    sketched: bool = False
+
+    @cached_property
+    def sketch(self) -> Architecture:
+        """This model as far as its outlines go: a stem of a kind that is in there resolves, to no targets."""
+        return replace(self, sketched=True)
 
     @cached_property
     def sizes(self) -> tuple[Architecture, ...]:
@@ -174,7 +180,11 @@ def _resolver(architecture: Architecture, layout: str, separator: str) -> Resolv
             if not stem.startswith(voice.prefix):  # most do not: their tables are never built
                 continue
             text = stem[len(voice.prefix) :]
-            if architecture.may_name(component, voice.naming, text, separator):
+            if not architecture.may_name(component, voice.naming, text, separator):
+                continue
+            if architecture.sketched and component in architecture.outlines:
+                found.append(Spoken(component, voice, text, None))
+            else:
                 naming = architecture.naming(component, voice.naming)
                 for name in naming.spelled(text, separator):
                     found.append(Spoken(component, voice, name, naming[name]))

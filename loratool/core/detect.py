@@ -94,7 +94,7 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
         reading = _Reading(bundle, spelling)
         readings.append(reading)
         for table in tables:
-            known = sum(bool(spelling.resolve(stem, table, bundle.metadata)) for stem in stems)
+            known = sum(bool(spelling.resolve(stem, table.sketch, bundle.metadata)) for stem in stems)
             if known:
                 shares.append((known / len(stems), reading, table))
     # The standard size of the right model names more than half of what its other sizes name.
