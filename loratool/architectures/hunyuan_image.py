@@ -90,4 +90,5 @@ ARCHITECTURE = Architecture(
         "ss_network_module": "networks.lora_hunyuan_image",
     },
     blocks=hunyuan_blocks({}),
+    kin="flux",
 )
