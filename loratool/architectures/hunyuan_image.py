@@ -76,4 +76,5 @@ ARCHITECTURE = Architecture(
         "ss_network_module": "networks.lora_hunyuan_image",
     },
     blocks=hunyuan_blocks(SPEC, {}),
+    kin="flux",
 )

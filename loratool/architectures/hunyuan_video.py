@@ -97,4 +97,5 @@ ARCHITECTURE = Architecture(
     ),
     facts={"ss_base_model_version": "hunyuan_video", "modelspec.architecture": "hunyuan-video/lora"},
     blocks=hunyuan_blocks(SPEC, {"text_encoder": "LLAMA", "text_encoder_2": "CLIP"}),
+    kin="flux",
 )
