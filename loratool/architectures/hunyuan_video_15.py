@@ -71,4 +71,5 @@ ARCHITECTURE = Architecture(
         "ss_network_module": "networks.lora_hv_1_5",
     },
     blocks=hunyuan_blocks(SPEC, {}),
+    kin="flux",
 )
