@@ -1,4 +1,4 @@
-"""Models that share names and shapes: the one whose blocks end where the file's do, or an honest tie."""
+"""Models that share names and shapes: the one whose blocks end where the file's do, the older one, or an honest tie."""
 
 from __future__ import annotations
 
