@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, lru_cache
 
 from loratool.core.blocks import Blocks
-from loratool.core.naming import Naming
+from loratool.core.naming import Naming, kind
 from loratool.core.target import Target
 
 
@@ -59,6 +59,19 @@ OPEN_NAMING = OpenNaming()
 
 
 @dataclass(frozen=True, eq=False)
+class Variant:
+    """Another size of a model whose programs and spellings are the same: other shapes, other counts of blocks.
+
+    What is empty here is the standard size's. `components` may replace tables or add some.
+    """
+
+    title: str
+    components: Mapping[str, Callable[[], Namings]] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)
+    blocks: Blocks | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Architecture:
     """The targets of one model, their namings, and which layout speaks which naming with which prefix.
 
@@ -67,7 +80,10 @@ class Architecture:
     `writes[layout][component]` is the voice a layout is written in; `reads[layout][component]` more
     voices that occur in files. `facts` are `ss_*` / `modelspec.*` metadata that are true of every
     adapter for this model. `blocks` are the parts that block weights may be given for, None where no list of them is
-    known. An `open` architecture has no tables: any name is a target.
+    known. An `open` architecture has no tables: any name is a target. `variants` are its other sizes. `kin` is the id
+    of the older model whose names this one kept: a file that may be for either is taken for the older, with a note.
+    `outlines` are the tables of `components` with one block of each kind, where the whole ones are large: a stem of
+    another kind is none of the model's, which is so told without building them. A `sketched` one is only asked that.
     """
 
     id: str
@@ -79,14 +95,49 @@ class Architecture:
     facts: Mapping[str, str] = field(default_factory=dict)
     blocks: Blocks | None = None
     open: bool = False
+    variants: tuple[Variant, ...] = ()
+    kin: str = ""
+    outlines: Mapping[str, Callable[[], Namings]] = field(default_factory=dict)
+    sketched: bool = False
+
+    @cached_property
+    def sketch(self) -> Architecture:
+        """This model as far as its outlines go: a stem of a kind that is in there resolves, to no targets."""
+        return replace(self, sketched=True)
+
+    @cached_property
+    def sizes(self) -> tuple[Architecture, ...]:
+        """This model in each of its sizes, the standard one first. All have one id; the title tells which."""
+        return (self, *(self._sized(variant) for variant in self.variants))
+
+    def _sized(self, variant: Variant) -> Architecture:
+        return replace(
+            self,
+            title=variant.title,
+            components={**self.components, **variant.components},
+            facts={**self.facts, **variant.facts},
+            blocks=variant.blocks or self.blocks,
+            variants=(),
+            outlines={},  # its names may be of more kinds, and it is only asked when the model is likely
+        )
 
     def namings(self, component: str) -> Namings:
         """The namings of one component, built once."""
         return _built(self.components[component])
 
+    @cached_property
+    def targets(self) -> frozenset[Target]:
+        """Every target of every component; builds all tables."""
+        return frozenset().union(*(next(iter(self.namings(name).values())).targets for name in self.components))
+
     def naming(self, component: str, naming: str) -> Naming:
         """One naming of one component; KeyError if there is none."""
         return OPEN_NAMING if self.open else self.namings(component)[naming]
+
+    def may_name(self, component: str, naming: str, text: str, separator: str) -> bool:
+        """Whether `text`, dots written as `separator`, is of a kind that a naming has; True where no outline tells."""
+        outline = self.outlines.get(component)
+        return outline is None or kind(text) in _kinds(outline, naming, separator)
 
     def voices(self, layout: str) -> list[tuple[str, Voice]]:
         """Every (component, voice) that `layout` may use for this model, the written ones first."""
@@ -106,6 +157,11 @@ def _built(build: Callable[[], Namings]) -> Namings:
 
 
 @cache
+def _kinds(outline: Callable[[], Namings], naming: str, separator: str) -> frozenset[str]:
+    return frozenset(kind(name.replace(".", separator)) for name in _built(outline)[naming])
+
+
+@cache
 def _resolver(architecture: Architecture, layout: str, separator: str) -> Resolver:
     voices = architecture.voices(layout)
     if architecture.open:
@@ -121,9 +177,16 @@ def _resolver(architecture: Architecture, layout: str, separator: str) -> Resolv
     def look_up(stem: str) -> Sequence[Spoken]:
         found: list[Spoken] = []
         for component, voice in voices:
-            if stem.startswith(voice.prefix):  # most are not: their tables are never built
+            if not stem.startswith(voice.prefix):  # most do not: their tables are never built
+                continue
+            text = stem[len(voice.prefix) :]
+            if not architecture.may_name(component, voice.naming, text, separator):
+                continue
+            if architecture.sketched and component in architecture.outlines:
+                found.append(Spoken(component, voice, text, None))
+            else:
                 naming = architecture.naming(component, voice.naming)
-                for name in naming.spelled(stem[len(voice.prefix) :], separator):
+                for name in naming.spelled(text, separator):
                     found.append(Spoken(component, voice, name, naming[name]))
         return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +11,7 @@ from loratool.core.adapter import Bundle
 from loratool.core.architecture import Architecture, Spoken
 from loratool.core.errors import FormatError
 from loratool.core.layout import Layout, Parsed, fits
+from loratool.core.naming import kind
 from loratool.core.registry import architectures, families, layouts
 from loratool.core.target import squeezed
 
@@ -20,6 +21,9 @@ ENOUGH = 0.5
 CLOSE = 0.02
 """Two architectures whose scores differ by less are a tie."""
 
+WHOLE = 0.5
+"""A model of whose blocks the file has by this much more than of another's is preferred to that one."""
+
 SAMPLE = 64
 """About so many keys, spread over the file, tell whether a spelling and a table are worth a closer look."""
 
@@ -27,7 +31,10 @@ SAMPLE = 64
 @dataclass(frozen=True, eq=False)
 class Candidate:
     """One reading of a bundle. `resolved` is the share of stems with a name in the tables, `fitting` the share of
-    those whose shape is the standard model's, `consistent` the share of dimensions that one other width explains."""
+    those whose shape is the standard model's. For other widths, `consistent` is the share of dimensions that are the
+    same wherever the standard model's are, `proportional` the share of those that differ from it by one factor.
+    `written` is the share of resolved stems in the spelling that is written, `own` of those under the very names of the
+    checkpoint that the model was published as."""
 
     layout: Layout
     architecture: Architecture
@@ -35,26 +42,36 @@ class Candidate:
     resolved: float
     fitting: float = 0.0
     consistent: float = 0.0
+    proportional: float = 0.0
     written: float = 0.0
+    own: float = 0.0
+
+    @property
+    def perfect(self) -> bool:
+        """Whether every stem has a name in the tables, and every shape is the standard model's."""
+        return self.resolved == self.fitting == 1
 
     @property
     def score(self) -> float:
         """Names first; sizes tell apart models that share names; written spellings win over aliases."""
-        return self.resolved * (0.5 + 0.3 * self.fitting + 0.2 * self.consistent) + 0.001 * self.written
+        width = 0.1 * self.consistent + 0.1 * self.proportional
+        return self.resolved * (0.5 + 0.3 * self.fitting + width) + 0.001 * self.written
 
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """The best reading, and what came nearest."""
+    """The best reading, and what came nearest. `tie` are the ids of models between which nothing decides, `others` the
+    titles of models that the file may be for as well, but hardly is."""
 
     best: Candidate
     candidates: tuple[Candidate, ...]
     tie: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def runner_up(self) -> Candidate | None:
         """The best reading as another architecture, or None."""
-        others = [c for c in self.candidates if c.architecture is not self.best.architecture]
+        others = [c for c in self.candidates if c.architecture.id != self.best.architecture.id]
         return others[0] if others else None
 
 
@@ -69,8 +86,7 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
     keys = list(bundle.tensors)
     sample = keys[:: max(1, len(keys) // SAMPLE)]
     readings: list[_Reading] = []
-    likely: list[tuple[_Reading, Architecture]] = []
-    unlikely: list[tuple[_Reading, Architecture]] = []
+    shares: list[tuple[float, _Reading, Architecture]] = []
     for spelling in [layouts()[layout]] if layout else layouts().values():
         stems = {parts[0] for key in sample if (parts := spelling.split(key)) is not None}
         if not stems:
@@ -78,20 +94,63 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
         reading = _Reading(bundle, spelling)
         readings.append(reading)
         for table in tables:
-            known = sum(bool(spelling.resolve(stem, table, bundle.metadata)) for stem in stems)
+            known = sum(bool(spelling.resolve(stem, table.sketch, bundle.metadata)) for stem in stems)
             if known:
-                (likely if known >= ENOUGH / 2 * len(stems) else unlikely).append((reading, table))
-    candidates = _ranked(likely)
+                shares.append((known / len(stems), reading, table))
+    # The standard size of the right model names more than half of what its other sizes name.
+    likely = ENOUGH * max([share for share, *_ in shares], default=0.0)
+    candidates = _ranked((reading, table) for share, reading, table in shares if share >= max(likely, ENOUGH / 2))
     if not any(c.resolved >= ENOUGH for c in candidates):
-        candidates = _ranked(likely + unlikely)
+        candidates = _ranked((reading, table) for _, reading, table in shares)
     believed = [c for c in candidates if c.resolved > ENOUGH]
     if believed:
         rivals = [c for c in believed if c.score > believed[0].score - CLOSE]
-        ids = dict.fromkeys(c.architecture.id for c in rivals)
-        if len(ids) == 1:
-            return Detection(believed[0], tuple(candidates))
-        return _open(readings, tuple(candidates), tuple(ids))
+        rivals = [c for c in rivals if c.perfect] or rivals
+        rivals = _of_as_many_blocks(bundle.metadata, _named_in(bundle.metadata, rivals))
+        best = _settled(rivals)
+        if best is not None:
+            titles = {c.architecture.id: c.architecture.title for c in reversed(rivals)}
+            others = tuple(title for name, title in titles.items() if name != best.architecture.id)
+            return Detection(best, tuple(candidates), others=others)
+        return _open(readings, tuple(candidates), tuple(dict.fromkeys(c.architecture.id for c in rivals)))
     return _open(readings, tuple(candidates), ())
+
+
+def _named_in(metadata: Mapping[str, str], rivals: Sequence[Candidate]) -> list[Candidate]:
+    """Of equally good readings those whose model the header names; all if it names none, or all alike."""
+    agreeing = [sum(metadata.get(key) == fact for key, fact in c.architecture.facts.items()) for c in rivals]
+    return [c for c, count in zip(rivals, agreeing, strict=True) if count == max(agreeing)]
+
+
+def _settled(rivals: Sequence[Candidate]) -> Candidate | None:
+    """Of equally good readings the one that is likelier by far: as the older model, where the others are its kin, or,
+    of names without a prefix, as the model that was published under them. None if there are several."""
+    for likely in (rivals, [c for c in rivals if c.own == 1.0]):
+        models = {c.architecture.id: c.architecture for c in likely}
+        older = [name for name, model in models.items() if model.kin not in models]
+        if len(older) == 1:
+            return next(c for c in likely if c.architecture.id == older[0])
+    return None
+
+
+def _of_as_many_blocks(metadata: Mapping[str, str], rivals: Sequence[Candidate]) -> list[Candidate]:
+    """Of equally good readings those whose blocks end where the file's do: not 19 of 20, say, but 19 of 19."""
+    if len({c.architecture.id for c in rivals}) == 1:
+        return list(rivals)
+    whole = [_whole(c, metadata) for c in rivals]
+    return [c for c, share in zip(rivals, whole, strict=True) if share > max(whole) - WHOLE]
+
+
+def _whole(candidate: Candidate, metadata: Mapping[str, str]) -> float:
+    """The share of the file's kinds of names, numbers aside, of which it has every one that the table has."""
+    held: Counter[tuple[str, str, str]] = Counter()
+    for stem in candidate.parsed.groups:
+        for said in candidate.layout.resolve(stem, candidate.architecture, metadata)[:1]:
+            held[said.component, said.voice.naming, kind(said.name)] += 1
+    known: Counter[tuple[str, str, str]] = Counter()
+    for component, naming in {(component, naming) for component, naming, _ in held}:
+        known.update((component, naming, kind(name)) for name in candidate.architecture.naming(component, naming))
+    return sum(count == known[of_kind] for of_kind, count in held.items()) / len(held)
 
 
 class _Reading:
@@ -133,8 +192,18 @@ def _open(readings: list[_Reading], candidates: tuple[Candidate, ...], tie: tupl
 
 def _ranked(pairs: Iterable[tuple[_Reading, Architecture]]) -> list[Candidate]:
     """What the readings are as these architectures, the best score first."""
-    found = [candidate for reading, table in pairs for candidate in _candidates(reading, table)]
+    found = [candidate for reading, table in pairs for candidate in _best_size(reading, table)]
     return sorted((c for c in found if c.resolved > 0), key=lambda c: -c.score)
+
+
+def _best_size(reading: _Reading, architecture: Architecture) -> list[Candidate]:
+    """The reading as the size of a model that it fits best: the standard one, unless another fits better."""
+    found: list[Candidate] = []
+    for size in architecture.sizes:
+        found += _candidates(reading, size)
+        if found and found[-1].perfect:
+            break
+    return [max(found, key=lambda c: c.score)] if found else []
 
 
 def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate]:
@@ -143,8 +212,9 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
     if parsed is None:
         return []
     written = architecture.writes.get(layout.id, {})
+    published = architecture.checkpoints[0].voices if architecture.checkpoints else {}
     total = len(parsed.groups) + len(parsed.unknown)
-    resolved = plain = sized = fitting = 0
+    resolved = plain = own = sized = fitting = 0
     widths: dict[int, Counter[int]] = defaultdict(Counter)
     for stem in parsed.groups:
         spoken = layout.resolve(stem, architecture, metadata)
@@ -152,6 +222,7 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
             continue
         resolved += 1
         plain += any(written.get(said.component) == said.voice for said in spoken)
+        own += any(published.get(said.component) == said.voice for said in spoken)
         shape = None if architecture.open else reading.shapes[stem]
         if shape is None:
             continue
@@ -161,6 +232,10 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
         _note_widths(best or spoken[0], shape, widths)
     agreeing = sum(counter.most_common(1)[0][1] for counter in widths.values())
     noted = sum(sum(counter.values()) for counter in widths.values())
+    factors: Counter[float] = Counter()
+    for standard, counter in widths.items():
+        for size, count in counter.items():
+            factors[size / standard] += count
     found = Candidate(
         layout,
         architecture,
@@ -168,7 +243,9 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
         resolved / total if total else 0.0,
         fitting / sized if sized else 0.0,
         agreeing / noted if noted else 0.0,
+        max(factors.values()) / noted if noted else 0.0,
         plain / resolved if resolved else 0.0,
+        own / resolved if resolved else 0.0,
     )
     return [found]
 

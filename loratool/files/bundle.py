@@ -10,6 +10,7 @@ from pathlib import Path
 
 from loratool.core.adapter import CONFIG, Bundle
 from loratool.core.errors import FormatError, LoratoolError
+from loratool.core.registry import components
 from loratool.core.tensor import LazyTensor
 from loratool.files.atomic import atomic_write
 from loratool.files.safetensors import file_size, read_header, write_safetensors
@@ -66,7 +67,8 @@ def _read_folder(place: Path) -> Bundle:
 
 def is_component_folder(place: Path) -> bool:
     """Whether a folder is one component's part of an adapter: it has the name of one, and a config in it."""
-    return _COMPONENT.fullmatch(place.name) is not None and (place / CONFIG).is_file()
+    name = place.name
+    return (place / CONFIG).is_file() and (_COMPONENT.fullmatch(name) is not None or name in components())
 
 
 def adapters_in(path: str | os.PathLike[str]) -> list[str]:

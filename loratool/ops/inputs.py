@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.core.adapter import Adapter
 from loratool.core.architecture import Architecture
 from loratool.core.errors import LoratoolError
 from loratool.ops.blocks import BlockWeights, block_weights
-from loratool.ops.open import open_adapter
+from loratool.ops.open import open_adapter, open_detected
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,18 @@ class Input:
     blocks: BlockWeights | None = None
 
 
-def opened(asked: Asked, architecture: Architecture | str | None = None) -> Input:
-    """The input that was asked for; `architecture` says what model it is for instead of letting it be detected."""
-    return weighed(asked, open_adapter(asked.path, architecture=architecture))
+def opened_together(asked: Sequence[Asked], architecture: Architecture | str | None = None) -> list[Input]:
+    """The inputs that were asked for, all for one size of their model where that can be (see `of_one_size`).
+
+    What may be for several models is for the one that the others are for, if that is among them.
+    """
+    found = [open_detected(one.path, architecture=architecture) for one in asked]
+    models = {one.adapter.architecture.id for one in found if not one.adapter.architecture.open}
+    adapters = []
+    for one, look in zip(asked, found, strict=True):
+        shared = models.intersection(look.detection.tie)
+        adapters.append(open_adapter(one.path, architecture=shared.pop()) if len(shared) == 1 else look.adapter)
+    return of_one_size([weighed(one, adapter) for one, adapter in zip(asked, adapters, strict=True)])
 
 
 def weighed(asked: Asked, adapter: Adapter) -> Input:
@@ -53,3 +62,22 @@ def weighed(asked: Asked, adapter: Adapter) -> Input:
     except LoratoolError as error:
         raise error.with_file(asked.path) from error.__cause__
     return Input(adapter, asked.weight, blocks)
+
+
+def of_one_size(inputs: Sequence[Input]) -> list[Input]:
+    """The inputs, all for the one size of their model that holds every target of theirs; as they are if none does.
+
+    Sizes have most names in common, and many also the shapes: what only touches those is for any of them.
+    """
+    sizes = dict.fromkeys(one.adapter.architecture for one in inputs)
+    if len(sizes) > 1 and len({size.id for size in sizes}) == 1:
+        targets = {target for one in inputs for module in one.adapter.modules for target in module.targets}
+        for size in sizes:
+            if targets <= size.targets:
+                return [replace(one, adapter=replace(one.adapter, architecture=size)) for one in inputs]
+    return list(inputs)
+
+
+def same_size(one: Architecture, other: Architecture) -> bool:
+    """Whether adapters for these have the same targets; a model without a table has those of any other of its id."""
+    return one.id == other.id and (one.title == other.title or one.open or other.open)
