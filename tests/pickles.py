@@ -104,7 +104,7 @@ SIX = struct.pack("<6f", *range(6))
 
 @dataclass
 class Record:
-    """One record of a zip file. What is None in `local` and `central` is true; the others are lies."""
+    """One record of a zip file; `local` and `central` are lies in its two headers. A ghost is in the directory only."""
 
     name: bytes
     data: bytes
@@ -114,6 +114,7 @@ class Record:
     central: Mapping[str, Any] = field(default_factory=dict)
     behind: bytes = b""
     before: bytes = b""
+    ghost: bool = False
 
 
 def _header(record: Record, told: Mapping[str, Any], local: bool, offset: int) -> bytes:
@@ -138,7 +139,8 @@ def zip_of(
     for record in records:
         body += record.before
         directory += _header(record, record.central, False, len(body))
-        body += _header(record, record.local, True, 0) + record.data + record.behind
+        if not record.ghost:
+            body += _header(record, record.local, True, 0) + record.data + record.behind
     directory += told.get("directory_tail", b"")
     facts = {"here": len(records), "count": len(records), "nbytes": len(directory), "begin": len(body)}
     tail = b""

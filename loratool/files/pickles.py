@@ -146,7 +146,7 @@ def _legacy(file: OpenFile) -> _Contents:
     told: dict[str, Storage] = {}
     names = meanings(told)
     magic, at = unpickle(data, names)
-    if magic != _LEGACY_MAGIC or type(magic) is not int:
+    if type(magic) is not int or magic != _LEGACY_MAGIC:
         if at != file.size:
             raise FormatError(f"has {file.size - at} bytes behind its pickle", hint=_DAMAGED)
         return _Contents(magic, {}, False)

@@ -93,11 +93,10 @@ def _storage(told: Any) -> Storage:
     return Storage(key, dtype, numel, (first, count))
 
 
-def _ordered(*arguments: Any) -> Table:
+def _ordered(pairs: Any = ()) -> Table:
     """`OrderedDict()`, or of a list of pairs, as Python 2 spelled it."""
-    if not arguments:
+    if type(pairs) is tuple and not pairs:
         return Table()
-    (pairs,) = arguments
     if type(pairs) is not list or any(type(pair) not in (list, tuple) or len(pair) != 2 for pair in pairs):
         raise FormatError("has an OrderedDict of what is no list of pairs", hint=_DAMAGED)
     return Table([(key, value) for key, value in pairs])

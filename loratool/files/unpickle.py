@@ -38,7 +38,7 @@ class Global:
     name: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Table:
     """A dict as a pickle spells it: pairs in order, keys never compared. `state` is what was set on it."""
 

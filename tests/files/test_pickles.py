@@ -344,7 +344,6 @@ def test_the_allow_list_is_what_torch_itself_takes_for_safe() -> None:
 
 def test_what_is_refused_with_a_word(tmp_path: Path) -> None:
     cases = {
-        "quantised tensor": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
         "sparse tensor": torch.eye(3).to_sparse(),
         "without values": torch.empty(2, device="meta"),
         "complex128": torch.ones(2, dtype=torch.complex128),
@@ -355,6 +354,9 @@ def test_what_is_refused_with_a_word(tmp_path: Path) -> None:
         torch.save({"a": value}, tmp_path / "x")
         with pytest.raises(FormatError, match=rf"asks for [\w.]+ \(.*{word}.*\), which is not read; .*plain tensors"):
             read_pickle(tmp_path / "x")
+    (tmp_path / "x").write_bytes(torch_zip({"a": Called("torch._utils._rebuild_qtensor", ())}))
+    with pytest.raises(FormatError, match=r"_rebuild_qtensor \(a quantised tensor\), which is not read"):
+        read_pickle(tmp_path / "x")
 
 
 def test_conjugated_views_and_hooks_are_refused(tmp_path: Path) -> None:
