@@ -424,7 +424,7 @@ ZIPS = {
         r"a/data/1: |a/data/0: ",
     ),
     "a record beyond the directory": (
-        zipped(Record(b"a/data/0", SIX, **dict.fromkeys(("local", "central"), {"packed": 999, "nbytes": 999}))),
+        zipped(Record(b"a/data/0", SIX, local={"packed": 999, "nbytes": 999}, central={"packed": 999, "nbytes": 999})),
         r"a/data/0: ends at byte \d+, behind the last record's end",
     ),
     "an entry without a record": (
