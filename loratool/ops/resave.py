@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,17 +55,50 @@ def resave_file(
     files that ask for more than tensors, and NotTheSame, with nothing written, if what was read back differs.
     """
     started = time.perf_counter()
-    bundle = _opened(path)
+    try:
+        bundle = _opened(path)
+        made, folder = _made(bundle, output)
+        check_output(output, [os.fspath(path)], folder, overwrite)
+        nbytes = bundle_size(made, folder)
+        check_room(Path(output).absolute().parent, nbytes)
+        compared = _write(made, output, folder, overwrite, verify, progress)
+    except LoratoolError as error:
+        raise error.with_file(path) from error.__cause__
+    return Resaved(
+        source=os.fspath(path),
+        output=os.fspath(output),
+        tensors=len(bundle.tensors),
+        dtypes=dict(Counter(tensor.dtype for tensor in bundle.tensors.values()).most_common()),
+        metadata=bundle.metadata,
+        size_before=bundle.size_bytes,
+        size_after=nbytes,
+        notes=bundle.notes,
+        compared=compared,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _made(bundle: Bundle, output: str | os.PathLike[str]) -> tuple[Bundle, bool]:
+    """What is written, and whether as a folder."""
     folder = bool(bundle.side_files)
     if folder and os.fspath(output).endswith(".safetensors"):
         raise UsageError(
             "is a PEFT folder, whose config has no place in one file",
             hint="name a folder with -o, or a layout of one file with --to",
-        ).with_file(path)
-    check_output(output, [os.fspath(path)], folder, overwrite)
-    metadata = {"format": "pt", **bundle.metadata}
-    made = replace(bundle, metadata=with_history(metadata, {"op": "resave", "from": "pickle"}))
-    check_room(Path(output).absolute().parent, bundle_size(made, folder))
+        )
+    metadata = with_history({"format": "pt", **bundle.metadata}, {"op": "resave", "from": "pickle"})
+    return replace(bundle, metadata=metadata), folder
+
+
+def _write(
+    made: Bundle,
+    output: str | os.PathLike[str],
+    folder: bool,
+    overwrite: bool,
+    verify: bool,
+    progress: Progress | None,
+) -> int | None:
+    """Writes it, reads it back, and gives the number of tensors compared."""
     compared: list[int] = []
 
     def check(written: str) -> None:
@@ -74,33 +108,14 @@ def resave_file(
         if progress is not None:
             progress("writing", done, total)
 
-    try:
-        write_bundle(output, made, folder=folder, overwrite=overwrite, progress=told, check=check if verify else None)
-    except LoratoolError as error:
-        raise error.with_file(path) from error.__cause__
-    dtypes: dict[str, int] = {}
-    for tensor in bundle.tensors.values():
-        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + 1
-    return Resaved(
-        source=os.fspath(path),
-        output=os.fspath(output),
-        tensors=len(bundle.tensors),
-        dtypes=dtypes,
-        metadata=bundle.metadata,
-        size_before=bundle.size_bytes,
-        size_after=bundle_size(made, folder),
-        notes=bundle.notes,
-        compared=compared[0] if compared else None,
-        seconds=time.perf_counter() - started,
-    )
+    write_bundle(output, made, folder=folder, overwrite=overwrite, progress=told, check=check if verify else None)
+    return compared[0] if compared else None
 
 
 def _opened(path: str | os.PathLike[str]) -> Bundle:
     bundle = read_bundle(path)
     if not any(is_pickle(file) for file in adapter_files(Path(path))):
-        raise UsageError(
-            "is safetensors already: there is nothing to convert", hint="say in which layout with --to"
-        ).with_file(path)
+        raise UsageError("is safetensors already: there is nothing to convert", hint="say in which layout with --to")
     return bundle
 
 
