@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from loratool.core.errors import FormatError
 from loratool.files.safetensors import FileRange, OpenFile
 
-MAX_RECORDS = 100_000
-"""One for every storage: more than any model has."""
+MAX_RECORDS = 40_000
+"""One for every storage: more than the opcodes of a pickle can ask for."""
 
 MAX_DIRECTORY = 16 << 20
 

@@ -12,7 +12,7 @@ from loratool.files.unpickle import MAX_STEPS, Global, Table
 
 MAX_DEPTH = 64
 MAX_LETTERS = 32 << 20
-"""Letters of all names and values: 25,000 tensors take a tenth of it."""
+"""Letters of all names and values: 18,000 tensors take a tenth of it."""
 
 WRAPPER = "state_dict"
 """The entry in which Lightning keeps the weights: left out of their names."""

@@ -19,12 +19,14 @@ from loratool.files.flatten import Flat, flatten, left_out
 from loratool.files.safetensors import MAX_HEADER, FileRange, OpenFile
 from loratool.files.torch_names import Storage, meanings
 from loratool.files.torch_tensors import Room, tensor_of
-from loratool.files.unpickle import MAX_PICKLE, Table, unpickle
+from loratool.files.unpickle import MAX_PICKLE, MAX_STEPS, Table, unpickle
 
 _OBJECT = "data.pkl"
 _PROGRAM = ("constants.pkl", "code/")
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+_LONGEST_MAGIC = 64  # bytes of its pickle
+_FEW = 1000  # opcodes
 _COUNT = 8
 _HEAD = 4096
 _TAIL = 1 << 16
@@ -146,16 +148,16 @@ def _legacy(file: OpenFile) -> _Contents:
     told: dict[str, Storage] = {}
     names = meanings(told)
     magic, at = unpickle(data, names)
-    if type(magic) is not int or magic != _LEGACY_MAGIC:
+    if type(magic) is not int or magic != _LEGACY_MAGIC or at > _LONGEST_MAGIC:
         if at != file.size:
             raise FormatError(f"has {file.size - at} bytes behind its pickle", hint=_DAMAGED)
         return _Contents(magic, {}, False)
-    protocol, at = unpickle(data, names, at)
+    protocol, at = unpickle(data, names, at, _FEW)
     if type(protocol) is not int or protocol != _LEGACY_PROTOCOL:
         raise FormatError(f"is of a protocol that is not {_LEGACY_PROTOCOL}", hint=_DAMAGED)
-    facts, at = unpickle(data, names, at)
+    facts, at = unpickle(data, names, at, _FEW)
     root, at = unpickle(data, names, at)
-    keys, at = unpickle(data, names, at)
+    keys, at = unpickle(data, names, at, MAX_STEPS // 4)
     pairs = facts.pairs if type(facts) is Table else []
     little = [value for key, value in pairs if type(key) is str and key == "little_endian"]
     if any(value is not True and value is not False for value in little):

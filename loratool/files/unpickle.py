@@ -17,8 +17,8 @@ from loratool.core.errors import FormatError
 MAX_PICKLE = 16 << 20
 """Bytes of a pickle that are looked at. A checkpoint of 10,000 tensors has 2 MiB."""
 
-MAX_STEPS = 1_000_000
-"""Opcodes: 25,000 tensors take that many."""
+MAX_STEPS = 600_000
+"""Opcodes: 18,000 tensors take that many. They take half a second."""
 
 MAX_TEXT = 1 << 20
 """Bytes of one text."""
@@ -61,15 +61,15 @@ class Meanings:
     stateful: tuple[type, ...] = (Table,)
 
 
-def unpickle(data: bytes, meanings: Meanings, start: int = 0) -> tuple[Any, int]:
-    """The object of the pickle at `start`, and the byte behind it.
+def unpickle(data: bytes, meanings: Meanings, start: int = 0, most: int = MAX_STEPS) -> tuple[Any, int]:
+    """The object of the pickle at `start`, of at most `most` opcodes, and the byte behind it.
 
     Raises FormatError for what is no pickle, for a pickle that asks for a name outside `meanings`, which it names, and
     for one beyond the limits.
     """
     machine = _Machine(data, meanings, start)
     try:
-        return machine.run(), machine.at
+        return machine.run(most), machine.at
     except IndexError:
         raise machine.broken("finds nothing on the stack") from None
 
@@ -86,9 +86,9 @@ class _Machine:
         self.memo: dict[int, Any] = {}
         self.globals: dict[str, Global] = {}
 
-    def run(self) -> Any:
+    def run(self, most: int) -> Any:
         data, handlers = self.data, _HANDLERS
-        for _ in range(MAX_STEPS):
+        for _ in range(most):
             self.op = at = self.at
             if at >= len(data):
                 raise self.cut()
@@ -100,7 +100,7 @@ class _Machine:
                     return self.stack.pop()
                 self.refuse(code)
             handler(self)
-        raise FormatError(f"has a pickle of more than {MAX_STEPS} opcodes", hint=_DAMAGED)
+        raise FormatError(f"has a pickle of more than {most} opcodes", hint=_DAMAGED)
 
     def broken(self, what: str) -> FormatError:
         """An error about the opcode that is being run."""
@@ -136,6 +136,13 @@ class _Machine:
         found = self.data[self.at : stop]
         self.at = stop
         return found
+
+    def byte(self) -> int:
+        at = self.at
+        if at >= len(self.data):
+            raise self.cut()
+        self.at = at + 1
+        return self.data[at]
 
     def number(self, size: int, signed: bool = False) -> int:
         return int.from_bytes(self.take(size, 8, "a number"), "little", signed=signed)
@@ -229,7 +236,7 @@ def _line_integer(machine: _Machine) -> int | bool:
 
 
 def _long(machine: _Machine, width: int) -> int:
-    size = machine.number(width, signed=width == 4)
+    size = machine.byte() if width == 1 else machine.number(width, signed=True)
     return int.from_bytes(machine.take(size, MAX_INTEGER, "an integer"), "little", signed=True)
 
 
@@ -318,7 +325,7 @@ def _stack_global(machine: _Machine) -> None:
 
 
 def _protocol(machine: _Machine) -> None:
-    version = machine.number(1)
+    version = machine.byte()
     if version > 5:
         raise FormatError(f"has a pickle of protocol {version}, expected at most 5", hint=_DAMAGED)
 
@@ -338,7 +345,7 @@ _KNOWN: dict[bytes, _Handler] = {
     b"I": _push(_line_integer),
     b"L": _push(_line_integer),
     b"J": _push(lambda m: m.number(4, signed=True)),
-    b"K": _push(lambda m: m.number(1)),
+    b"K": _push(lambda m: m.byte()),
     b"M": _push(lambda m: m.number(2)),
     b"\x8a": _push(lambda m: _long(m, 1)),
     b"\x8b": _push(lambda m: _long(m, 4)),
@@ -346,12 +353,12 @@ _KNOWN: dict[bytes, _Handler] = {
     b"G": _push(lambda m: struct.unpack(">d", m.take(8, 8, "a number"))[0]),
     b"V": _push(_line_text),
     b"X": _push(lambda m: m.text(m.number(4))),
-    b"\x8c": _push(lambda m: m.text(m.number(1))),
+    b"\x8c": _push(lambda m: m.text(m.byte())),
     b"\x8d": _push(lambda m: m.text(m.number(8))),
-    b"U": _push(lambda m: m.text(m.number(1))),  # text of Python 2
+    b"U": _push(lambda m: m.text(m.byte())),  # text of Python 2
     b"T": _push(lambda m: m.text(m.number(4, signed=True))),
     b"B": _push(lambda m: m.take(m.number(4), MAX_TEXT, "bytes")),
-    b"C": _push(lambda m: m.take(m.number(1), MAX_TEXT, "bytes")),
+    b"C": _push(lambda m: m.take(m.byte(), MAX_TEXT, "bytes")),
     b"\x8e": _push(lambda m: m.take(m.number(8), MAX_TEXT, "bytes")),
     b"]": _push(lambda m: []),
     b"}": _push(lambda m: Table()),
@@ -370,11 +377,11 @@ _KNOWN: dict[bytes, _Handler] = {
     b"s": _set_item,
     b"u": _set_items,
     b"p": lambda m: m.remember(int(_line_integer(m))),
-    b"q": lambda m: m.remember(m.number(1)),
+    b"q": lambda m: m.remember(m.byte()),
     b"r": lambda m: m.remember(m.number(4)),
     b"\x94": lambda m: m.remember(len(m.memo)),
     b"g": lambda m: m.recall(int(_line_integer(m))),
-    b"h": lambda m: m.recall(m.number(1)),
+    b"h": lambda m: m.recall(m.byte()),
     b"j": lambda m: m.recall(m.number(4)),
     b"c": _push(lambda m: m.named_by_lines()),
     b"\x93": _stack_global,
