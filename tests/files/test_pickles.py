@@ -53,7 +53,7 @@ NEW_DTYPES = [
 
 def raw(tensor: torch.Tensor) -> bytes:
     """The bytes of a tensor in row order."""
-    flat = tensor.detach().contiguous().reshape(-1)
+    flat = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
     return bytes(flat.view(torch.uint8).numpy().tobytes()) if flat.numel() else b""
 
 
