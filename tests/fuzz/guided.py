@@ -12,7 +12,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["loratool"]):
-    from tests.fuzz.targets import TALLIES, TARGETS, seeds
+    from tests.fuzz.targets import TARGETS, seeds
 
 CORPUS = Path(".fuzz")
 DICTIONARY = [b"collections", b"OrderedDict", b"torch._utils", b"_rebuild_tensor_v2", b"FloatStorage", b"storage"]
@@ -31,15 +31,8 @@ def main() -> None:
     words.write_text("".join(f'"{word}"\n' for word in escaped), encoding="ascii")
     options = [sys.argv[0], f"-dict={words}", f"-artifact_prefix={corpus}-failed-", "-timeout=20", *sys.argv[2:]]
 
-    def one(data: bytes) -> None:
-        TARGETS[target](data)
-
-    atheris.Setup([*options, str(corpus)], one)
-    try:
-        atheris.Fuzz()
-    finally:
-        for name, tally in TALLIES.items():
-            print(f"fuzz: {name}: {tally.cases:,} cases, {tally.accepted:,} accepted, {tally.seconds:.1f} s")
+    atheris.Setup([*options, str(corpus)], TARGETS[target])
+    atheris.Fuzz()
 
 
 if __name__ == "__main__":
