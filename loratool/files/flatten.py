@@ -17,6 +17,7 @@ MAX_LETTERS = 32 << 20
 WRAPPER = "state_dict"
 """The entry in which Lightning keeps the weights: left out of their names."""
 
+_SHOWN = 80
 _DAMAGED = "the file is damaged or was made to do harm"
 
 
@@ -49,7 +50,7 @@ def flatten(root: Any) -> Flat:
 
 def left_out(names: Sequence[str]) -> tuple[str, ...]:
     """The note about values that safetensors has no place for; none where there are none."""
-    names = list(dict.fromkeys(names))
+    names = [name if len(name) <= _SHOWN else name[:_SHOWN] + "..." for name in dict.fromkeys(names)]
     if not names:
         return ()
     what = "1 value" if len(names) == 1 else f"{len(names)} values"

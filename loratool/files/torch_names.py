@@ -78,13 +78,13 @@ def meanings(storages: dict[str, Storage]) -> Meanings:
 def _storage(told: Any) -> Storage:
     """The storage of a persistent id: `("storage", type, key, location, numel[, view])`. The location is nothing."""
     if type(told) is not tuple or not told or told[0] != "storage":
-        what = told[0] if type(told) is tuple and told and type(told[0]) is str else "something unknown"
+        what = told[0][:80] if type(told) is tuple and told and type(told[0]) is str else "something unknown"
         raise FormatError(f"asks for {what} by a persistent id, expected a storage", hint=_DAMAGED)
     if len(told) not in (5, 6):
         raise FormatError(f"has a persistent id of {len(told)} parts, expected 5", hint=_DAMAGED)
     kind, key, numel = told[1], told[2], told[4]
     dtype = STORAGES.get(kind.name) if type(kind) is Global else None
-    if dtype is None or type(key) is not str or type(numel) is not int or not 0 <= numel < 1 << 60:
+    if dtype is None or type(key) is not str or len(key) > 256 or type(numel) is not int or not 0 <= numel < 1 << 60:
         raise FormatError("has a broken persistent id: expected a kind of storage, a key, a size", hint=_DAMAGED)
     view = told[5] if len(told) == 6 and told[5] is not None else (key, 0, numel)
     first, count = view[1:] if type(view) is tuple and len(view) == 3 else (None, None)

@@ -195,6 +195,8 @@ class _Machine:
         found = self.globals.get(full)
         if found is not None:
             return found
+        if len(full) > 2 * MAX_NAME:
+            raise FormatError(f"asks for {full[:MAX_NAME]}..., a name of {len(full)} letters", hint=_CODE)
         if full not in self.meanings.names:
             why = next((why for start, why in self.meanings.refused.items() if full.startswith(start)), None)
             if why is None:

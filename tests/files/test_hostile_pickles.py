@@ -130,6 +130,8 @@ ASKS = {
     "a terminal escape": (calls("os\x1b[31m.system\u202e", "x"), r"asks for os\\x1b\[31m\.system\\u202e"),
     "markup": (calls("[red]os.system", "x"), r"asks for \[red\]os\.system"),
     "a name that is no text": (raw(b"cos\xff\nsys\n"), r"asks for os\\ufffd\.sys|asks for os"),
+    "a name of a MiB": (raw(stack_global("o" * MIB, "s" * MIB)), r"asks for o+\.\.\., a name of 2097153 letters"),
+    "a module of a MiB": (one(kept=Kept(("m" * MIB,))), r"asks for m+ by a persistent id"),
     "a name of 2,000 letters": (raw(b"c" + b"n" * 2000 + b"\nx\n"), r"has a name of more than 256"),
     "a storage of another kind": (
         one(kept=Kept(("storage", Name("os.system"), "0", "cpu", 6))),
@@ -253,6 +255,7 @@ TENSORS = {
     "no storage": (one(kept=5), r"a: has no storage"),
     "a storage that is not there": (one(kept=storage("7")), r"a: lacks its storage 7"),
     "a path as a storage": (one(kept=storage("../../etc/passwd")), r"a: lacks its storage \.\./"),
+    "a storage with a name of a MiB": (one(kept=storage("k" * MIB)), r"has a broken persistent id"),
     "a storage with fewer bytes": (one(kept=storage("0", 5)), r"a: has a storage 0 of 24 bytes, expected 20"),
     "a storage with more bytes": (one(kept=storage("0", 1 << 50)), r"a: has a storage 0 of 24 bytes, expected 45035"),
     "a storage of less than nothing": (one(kept=storage("0", -6)), r"has a broken persistent id"),
@@ -522,7 +525,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return folder, results, peak
 
 
-@pytest.mark.parametrize(("number", "name"), enumerate(CASES), ids=list(CASES))
+@pytest.mark.parametrize(("number", "name"), list(enumerate(CASES)), ids=list(CASES))
 def test_hostile(outcome: tuple[Path, dict[str, Any], int], number: int, name: str) -> None:
     folder, results, _ = outcome
     told, seconds, events, modules = results[str(number)]
