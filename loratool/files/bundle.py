@@ -130,7 +130,7 @@ def _merged(place: Path, parts: Mapping[str, Path]) -> Bundle:
         if (folder / CONFIG).is_file():
             sides[prefix + CONFIG] = _read_text(folder / CONFIG)
             size += (folder / CONFIG).stat().st_size
-    return Bundle(tensors, metadata, sides, str(place), size, notes)
+    return Bundle(tensors, metadata, sides, str(place), size, notes=notes)
 
 
 def _read_text(path: Path) -> str:

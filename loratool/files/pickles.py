@@ -92,7 +92,7 @@ def _read(file: OpenFile) -> Bundle:
         except LoratoolError as error:
             error.key = key
             raise
-    return Bundle(tensors, flat.metadata, {}, file.path, file.size, _notes(contents, flat))
+    return Bundle(tensors, flat.metadata, {}, file.path, file.size, notes=_notes(contents, flat))
 
 
 def _notes(contents: _Contents, flat: Flat) -> tuple[str, ...]:

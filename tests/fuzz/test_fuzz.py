@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,11 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from loratool.core.errors import LoratoolError
+from loratool.files.pickles import read_pickle
+from loratool.files.safetensors import read_header
 from tests.files.test_pickles import check
+from tests.fuzz import targets
 from tests.fuzz.mutate import changed_json, mutated, programs
 from tests.fuzz.targets import TARGETS, _home, header, pickles, seeds
 
@@ -62,11 +69,9 @@ def test_json(target: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_seeds_themselves_are_accepted(target: str) -> None:
-    from tests.fuzz.targets import TALLIES
-
     for one in seeds(target):
         TARGETS[target](one)
-    assert TALLIES[target].accepted
+    assert targets.TALLIES[target].accepted
 
 
 # ---------------------------------------------------------------- what torch.save writes, torch.load and we read alike
@@ -102,8 +107,6 @@ def saved(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
 @cases(100)
 @given(saved())
 def test_views_as_torch_loads_them(case: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    from loratool.files.pickles import read_pickle
-
     made, options = case
     file = io.BytesIO()
     torch.save(made, file, **options)
@@ -113,3 +116,63 @@ def test_views_as_torch_loads_them(case: tuple[dict[str, Any], dict[str, Any]]) 
     for key, one in loaded.items():
         flat |= {f"{key}.{name}": inner for name, inner in one.items()} if isinstance(one, dict) else {key: one}
     check(read_pickle(_home() / "x.pt").tensors, flat)
+
+
+# ---------------------------------------------------------------- the net itself
+
+
+def opens_elsewhere() -> bool:
+    Path("/proc/self/status").read_bytes()
+    return True
+
+
+def imports() -> bool:
+    import this_is_not_there  # type: ignore[import-not-found]
+
+    return bool(this_is_not_there)
+
+
+def loops() -> bool:
+    started = time.process_time()
+    while time.process_time() < started + 0.2:
+        pass
+    return True
+
+
+def refuses_without_a_word() -> bool:
+    raise LoratoolError("")
+
+
+def trips() -> bool:
+    return bool({}["a"])
+
+
+def runs() -> bool:
+    return bool(pickle.loads(b"cos\ngetpid\n)R."))
+
+
+@pytest.mark.parametrize(
+    ("work", "error"),
+    [
+        (opens_elsewhere, AssertionError),
+        (imports, (AssertionError, ImportError)),
+        (loops, AssertionError),
+        (refuses_without_a_word, AssertionError),
+        (trips, KeyError),
+        (runs, AssertionError),
+    ],
+    ids=lambda one: getattr(one, "__name__", ""),
+)
+def test_what_no_file_may_do_is_noticed(work: Any, error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "SECONDS", 0.1)
+    with pytest.raises(error):
+        targets._case("net", _home(), work, strict=True)
+
+
+def test_a_laxer_reader_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if our reader took a file that the library rejects."""
+    (_home() / "sound.safetensors").write_bytes(seeds("header")[-1])
+    sound = read_header(_home() / "sound.safetensors")
+    monkeypatch.setattr(targets, "read_header", lambda path: sound)
+    with pytest.raises(Exception, match=r"(?i)header|invalid|deserializ"):
+        header(b'\x08\0\0\0\0\0\0\0{"a":1} ')
