@@ -13,13 +13,21 @@ from safetensors.torch import load_file
 
 from loratool.core.adapter import CONFIG
 from loratool.core.errors import FormatError, LoratoolError, UsageError
+from loratool.core.registry import methods
 from loratool.files import bundle as bundles
 from loratool.files.bundle import adapters_in, read_bundle
 from loratool.files.checkpoint import read_checkpoint
+from loratool.ops.bake_file import bake_file
+from loratool.ops.bake_task import Options
 from loratool.ops.convert_file import convert_file
+from loratool.ops.inputs import Asked
+from loratool.ops.merge_files import merge_files
 from loratool.ops.open import open_adapter
+from loratool.ops.ranks import parse_rule
 from loratool.ops.recipe import sha256
 from loratool.ops.resave import resave_file
+from loratool.ops.resize_file import resize_file
+from tests.bakes import KEYS, K, Q, kohya, noise, save
 from tests.builders import LAYOUTS, Style, build, contents, typical_parts, write_file
 from tests.pickles import Called, tensor, torch_zip
 
@@ -156,6 +164,27 @@ def test_a_peft_folder_of_pickles(tmp_path: Path, architecture: str, container: 
     lone = next(folder.rglob("adapter_model.bin"))
     assert read_bundle(lone).side_files.keys() == {CONFIG}
     assert open_adapter(lone).modules
+
+
+def test_merge_resize_and_bake_take_them_like_safetensors(tmp_path: Path) -> None:
+    """From turned and shared storages, too: the results have the same tensors."""
+    made = kohya({Q: (16, 8), K: (16, 8)})
+    save(tmp_path / "s" / "lora.safetensors", made)
+    (tmp_path / "p").mkdir()
+    turned = {key: one.t().contiguous().t() if one.dim() == 2 else one for key, one in made.items()}
+    torch.save(turned, tmp_path / "p" / "lora.pt")
+    base = save(tmp_path / "base.safetensors", {KEYS[Q]: noise(16, 8), KEYS[K]: noise(16, 8)})
+    results: list[list[dict[str, torch.Tensor]]] = []
+    for lora in (tmp_path / "s" / "lora.safetensors", tmp_path / "p" / "lora.pt"):
+        folder = lora.parent
+        asked = [Asked(str(lora), 0.5)]
+        merge_files(asked, folder / "merged.safetensors", methods()["concat"])
+        resize_file(lora, [parse_rule("rank", "2")], folder / "small.safetensors")
+        bake_file(base, asked, folder / "baked.safetensors", Options())
+        results.append([load_file(folder / f"{name}.safetensors") for name in ("merged", "small", "baked")])
+    for ours, theirs in zip(*results):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_safetensors_come_first_in_a_folder(tmp_path: Path) -> None:
