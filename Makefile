@@ -45,4 +45,4 @@ fuzz: $(STAMP)
 	done; fi
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) demo-out .fuzz

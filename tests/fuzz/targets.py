@@ -59,8 +59,11 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
     if _WATCH.seen is None:
         return
     if event == "open":
-        name = arguments[0]
-        if isinstance(name, (str, bytes)) and not os.fsdecode(name).startswith(str(_WATCH.folder)):
+        name = os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes)) else ""
+        code = not _WATCH.strict and name.endswith(
+            (".py", ".pyc")
+        )  # a module of ours that is needed for the first time
+        if name and not code and not name.startswith(str(_WATCH.folder)):
             _WATCH.seen.append(f"open {name!r}")
     elif _WATCH.strict and event.startswith(_RUNS_CODE) and event not in _HARMLESS:
         _WATCH.seen.append(f"{event} {str(arguments)[:100]}")
