@@ -105,9 +105,15 @@ class _Walk:
 
     def state(self, table: Table, name: str) -> None:
         """What was set on a dict beside its entries, such as the versions of a model's modules."""
-        if table.state is not None:
-            parts = [part for part, _ in _parts(table.state)] or ["state"]
-            self.found.dropped += [f"{name}.{part}" if name else part for part in parts]
+        if table.state is None:
+            return
+        parts = list(_parts(table.state)) or [("state", None)]
+        for part, value in parts:
+            full = f"{name}.{part}" if name else part
+            if type(value) is Rebuilt:
+                self.put(self.found.tensors, full, value)
+            else:
+                self.found.dropped.append(full)
 
     def put(self, where: dict[str, Any], name: str, value: Any) -> None:
         if name in where:

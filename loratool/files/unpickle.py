@@ -251,9 +251,11 @@ def _line_float(machine: _Machine) -> float:
 
 def _line_text(machine: _Machine) -> str:
     try:
-        return machine.line("a text", MAX_TEXT).decode("raw-unicode-escape")
-    except UnicodeDecodeError:
+        text = machine.line("a text", MAX_TEXT).decode("raw-unicode-escape")
+        text.encode("utf-8")  # an escape can spell half a surrogate pair, which is no text
+    except UnicodeError:
         raise machine.broken("has a text that is none") from None
+    return text
 
 
 def _push(make: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:

@@ -211,6 +211,7 @@ BROKEN = {
     "a text that is cut off": (torch_zip(b"\x80\x02X\xff\0\0\0abc"), r"is cut off"),
     "a name that is cut off": (torch_zip(b"\x80\x02cos"), r"is cut off"),
     "a text that is no UTF-8": (raw(b"X\1\0\0\0\xff"), r"has a text that is not UTF-8"),
+    "half a surrogate pair": (raw(b"V\\ud800\n"), r"has a text that is none"),
     "an escape that is none": (raw(b"V\\u12\n"), r"has a text that is none"),
     "a memo that is not there": (raw(b"h\1"), r"asks for entry 1 of the memo, which is not there"),
     "a tuple of too few": (raw(b"N\x87"), r"finds nothing on the stack"),

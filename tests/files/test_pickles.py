@@ -209,6 +209,14 @@ def test_sizes_devices_dtypes_and_sets_are_values(tmp_path: Path) -> None:
     assert "s, k, set, ..." in bundle.notes[0]
 
 
+def test_a_tensor_that_was_set_on_a_dict_is_not_lost(tmp_path: Path) -> None:
+    inner = With(Code(spelled({"b": tensor()})), {"set": tensor((2,), (1,)), "_metadata": {"": 1}})
+    (tmp_path / "x").write_bytes(torch_zip(With({"a": inner}, {"more": tensor()})))
+    bundle = read_pickle(tmp_path / "x")
+    assert list(bundle.tensors) == ["a.b", "a.set", "more"]
+    assert "a._metadata" in bundle.notes[0]
+
+
 def test_long_names_are_shortened_in_the_note(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(torch_zip({"a": tensor(), "n" * 100_000: None, "b": tensor(), "m" * 99: []}))
     bundle = read_pickle(tmp_path / "x")
