@@ -1,10 +1,15 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Both make .venv first.
+# Two commands on a fresh machine: `make demo` and `make test`. Both make .venv first. `make fuzz` attacks for long.
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
 STAMP := $(VENV)/.made
 
-.PHONY: demo test check bench clean
+# Cases of each fuzz test, and seconds of each coverage-guided run.
+FUZZ_CASES ?= 5000
+FUZZ_SECONDS ?= 120
+FUZZED := header pickles config index recipes
+
+.PHONY: demo test check bench fuzz clean
 
 # torch comes first and alone: pinned, so that pip does not bring another build (with CUDA) for a dependency.
 $(STAMP): pyproject.toml constraints.txt
@@ -31,5 +36,13 @@ bench: $(STAMP)
 	$(VENV)/bin/python benchmarks/merge.py
 	$(VENV)/bin/python benchmarks/bake.py
 
+# atheris has no build for every Python and system: without it, the first half is all.
+fuzz: $(STAMP)
+	LORATOOL_FUZZ=$(FUZZ_CASES) $(VENV)/bin/python -m pytest tests/fuzz
+	-$(PIP) install atheris
+	if $(VENV)/bin/python -c "import atheris"; then for target in $(FUZZED); do \
+		$(VENV)/bin/python -m tests.fuzz.guided $$target -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 || exit 1; \
+	done; fi
+
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) demo-out .fuzz

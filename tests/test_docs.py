@@ -38,6 +38,7 @@ from loratool.ops.merge_files import merge_files
 from loratool.ops.open import open_adapter
 from loratool.ops.ranks import parse_rule
 from loratool.ops.replay import replay_file
+from loratool.ops.resave import Resaved
 from loratool.ops.resize_file import resize_file
 from loratool.ops.save import Proof
 from loratool.ops.summary import Summary
@@ -143,6 +144,7 @@ def test_json_fields(file: Path, tmp_path: Path) -> None:
         "module_list": info["module_list"][0],
         "A file that cannot be read": ("path", "error"),
         "loratool convert --json": report,
+        "loratool convert without --to": [field.name for field in fields(Resaved)],
         "approximated": [field.name for field in fields(Approximated)],
         "proof": report["proof"],
         "loratool blocks --json": blocks,

@@ -15,8 +15,15 @@ if TYPE_CHECKING:
 
 def convert(
     file: Annotated[str, typer.Argument(metavar="IN", help="A LoRA file or a PEFT folder.")],
-    to: Annotated[str, typer.Option("--to", metavar="LAYOUT", help="kohya, diffusers, peft or comfyui.")],
     output: Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="The new file (peft: a folder).")],
+    to: Annotated[
+        Optional[str],
+        typer.Option(
+            "--to",
+            metavar="LAYOUT",
+            help="kohya, diffusers, peft or comfyui. Without it a PyTorch file (.pt, .bin, .ckpt) becomes safetensors.",
+        ),
+    ] = None,
     dtype: Annotated[
         Optional[str], typer.Option("--dtype", metavar="DTYPE", help="Cast the factors: fp32, fp16, bf16, ...")
     ] = None,
@@ -48,6 +55,7 @@ def convert(
 
     The output is read back and every module compared before it gets its name. Converting back gives the original
     file's keys, values and metadata. Exit 1 if something cannot be expressed, or is not the same.
+    Without --to, any PyTorch file is written as safetensors: the same keys, the same bytes.
     """
     from loratool.core.registry import layouts
     from loratool.files.bundle import check_output
@@ -58,6 +66,16 @@ def convert(
     from loratool.report import convert as report
     from loratool.report.progress import progress as bars
 
+    if to is None:
+        given: dict[str, object] = {
+            "--dtype": dtype,
+            "--base": base,
+            "--architecture": architecture,
+            "--approximate": approximate,
+        }
+        given |= {"--rank": rank, "--energy": energy, "--drop-extras": drop_extras or None}
+        _resave(file, output, [name for name, value in given.items() if value is not None], overwrite, verify, as_json)
+        return
     with told_plainly():
         layout = layouts()[layout_named(to)]
         code = dtype_code(dtype) if dtype else None
@@ -77,6 +95,23 @@ def convert(
                 verify=verify,
                 progress=progress,
             )
+        if as_json:
+            print_json(report.as_json(done))
+        else:
+            report.show(done, out())
+
+
+def _resave(file: str, output: str, given: list[str], overwrite: bool, verify: bool, as_json: bool) -> None:
+    """A PyTorch file as safetensors; `given` are options that mean nothing then."""
+    from loratool.ops.resave import resave_file
+    from loratool.report import resave as report
+    from loratool.report.progress import progress as bars
+
+    with told_plainly():
+        if given:
+            raise UsageError(f"{given[0]} needs --to", hint="name a layout with --to, or leave it out")
+        with bars(err()) as progress:
+            done = resave_file(file, output, overwrite=overwrite, verify=verify, progress=progress)
         if as_json:
             print_json(report.as_json(done))
         else:

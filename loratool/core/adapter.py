@@ -19,7 +19,7 @@ class Bundle:
     """One file or folder, before meaning: tensors, header metadata and text files beside them.
 
     A folder with one sub-folder per component spells both kinds of keys with the sub-folder in front
-    (`unet/base_model.model...`, `unet/adapter_config.json`).
+    (`unet/base_model.model...`, `unet/adapter_config.json`). `notes` are sentences about what could not be kept.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -27,6 +27,7 @@ class Bundle:
     side_files: Mapping[str, str] = field(default_factory=dict)
     path: str = ""
     size_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,7 @@ class Layout:
                 extras={key: bundle.tensors[key] for key in bundle.tensors if key in extras},
                 voices=voices,
                 side_files=bundle.side_files,
+                notes=bundle.notes,
                 unread_families=unread,
                 path=bundle.path,
                 size_bytes=bundle.size_bytes,

@@ -383,6 +383,11 @@ def code_of(dtype: torch.dtype) -> str:
     return _CODES[name]
 
 
+def code_named(name: str) -> str | None:
+    """The safetensors code of the dtype that torch calls `name` (`"bfloat16"`), without torch; None if it has none."""
+    return _CODES.get(name)
+
+
 class _SmallFloat(NamedTuple):
     """A binary float of at most 16 bits, as codes without the sign. `infinity` is None where there is none."""
 

@@ -1,4 +1,4 @@
-"""Bundles on disk: a safetensors file, or a folder with an adapter in it."""
+"""Bundles on disk: a safetensors or PyTorch file, or a folder with an adapter in it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from loratool.core.adapter import CONFIG, Bundle
@@ -13,9 +14,13 @@ from loratool.core.errors import FormatError, LoratoolError
 from loratool.core.registry import components
 from loratool.core.tensor import LazyTensor
 from loratool.files.atomic import atomic_write
+from loratool.files.pickles import is_pickle, read_pickle
 from loratool.files.safetensors import file_size, read_header, write_safetensors
 
 MODEL = "adapter_model.safetensors"
+OLD_MODEL = "adapter_model.bin"
+"""PEFT's model as it was saved before safetensors: a pickle."""
+
 PICKLES = (".pt", ".bin", ".ckpt", ".pth")
 _WORD = re.compile(r"[A-Za-z0-9_]+")
 _COMPONENT = re.compile(r"model|unet|transformer(_\d)?|prior|text_encoder(_\d)?")
@@ -37,31 +42,37 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
             return _read_folder(place)
         sides = {}
         config = place.with_name(CONFIG)
-        if place.name == MODEL and config.is_file():
+        if place.name in (MODEL, OLD_MODEL) and config.is_file():
             sides[CONFIG] = _read_text(config)
-        header = read_header(place)
+        found = _tensors_of(place)
     except LoratoolError as error:
         raise error.with_file(str(path)) from error.__cause__
     except OSError as error:
         raise FormatError(f"cannot be read: {error.strerror}", file=str(path)) from error
-    return Bundle(header.tensors, header.metadata, sides, str(path), header.size_bytes)
+    return replace(found, side_files=sides, path=str(path))
+
+
+def _tensors_of(file: Path) -> Bundle:
+    """The tensors of one file, safetensors or a pickle, as its bytes say."""
+    if is_pickle(file):
+        return read_pickle(file)
+    header = read_header(file)
+    return Bundle(header.tensors, header.metadata, {}, str(file), header.size_bytes)
 
 
 def _read_folder(place: Path) -> Bundle:
-    if (place / CONFIG).is_file() or (place / MODEL).is_file():
+    if any((place / name).is_file() for name in (CONFIG, MODEL, OLD_MODEL)):
         return _merged(place, {"": place})
     parts = {f"{sub.name}/": sub for sub in sorted(place.iterdir()) if is_component_folder(sub)}
     if parts:
         return _merged(place, parts)
-    files = sorted(file for file in place.iterdir() if file.suffix == ".safetensors")
-    if len(files) == 1:
-        return read_bundle(files[0])
-    if files:
-        names = ", ".join(file.name for file in files[:5])
-        raise FormatError(f"is a folder with {len(files)} safetensors files ({names})", hint="name one of them")
-    pickled = sorted(file.name for file in place.iterdir() if file.suffix in PICKLES)
-    if pickled:
-        raise FormatError(f"holds only pickles ({pickled[0]})", hint="reading .bin and .pt files is not supported yet")
+    for kind, suffixes in (("safetensors", (".safetensors",)), ("PyTorch", PICKLES)):
+        files = sorted(file for file in place.iterdir() if file.suffix in suffixes)
+        if len(files) == 1:
+            return read_bundle(files[0])
+        if files:
+            names = ", ".join(file.name for file in files[:5])
+            raise FormatError(f"is a folder with {len(files)} {kind} files ({names})", hint="name one of them")
     raise FormatError(f"is a folder without {CONFIG} or a safetensors file", hint="name a LoRA file or a PEFT folder")
 
 
@@ -79,7 +90,7 @@ def adapters_in(path: str | os.PathLike[str]) -> list[str]:
     found = [
         entry
         for entry in sorted(place.iterdir())
-        if entry.suffix == ".safetensors" or (entry.is_dir() and (entry / CONFIG).is_file())
+        if entry.suffix in (".safetensors", *PICKLES) or (entry.is_dir() and (entry / CONFIG).is_file())
     ]
     return [str(entry) for entry in found] or [str(path)]
 
@@ -88,34 +99,40 @@ def adapter_files(place: Path) -> list[Path]:
     """The files that an adapter is read from: itself, its config beside it, or those of each component of a folder."""
     if not place.is_dir():
         config = place.with_name(CONFIG)
-        return [config, place] if place.name == MODEL and config.is_file() else [place]
+        return [config, place] if place.name in (MODEL, OLD_MODEL) and config.is_file() else [place]
     folders = [place, *filter(is_component_folder, sorted(place.iterdir()))]
-    named = [folder / name for folder in folders for name in (CONFIG, MODEL) if (folder / name).is_file()]
-    return named or sorted(file for file in place.iterdir() if file.suffix == ".safetensors")
+    named = [file for folder in folders for file in (folder / CONFIG, model_of(folder)) if file.is_file()]
+    safe = sorted(file for file in place.iterdir() if file.suffix == ".safetensors")
+    return named or safe or sorted(file for file in place.iterdir() if file.suffix in PICKLES)
+
+
+def model_of(folder: Path) -> Path:
+    """The file with the tensors of a PEFT folder: the pickle of old versions only where there is no other."""
+    return folder / (OLD_MODEL if (folder / OLD_MODEL).is_file() and not (folder / MODEL).is_file() else MODEL)
 
 
 def _merged(place: Path, parts: Mapping[str, Path]) -> Bundle:
     tensors: dict[str, LazyTensor] = {}
     metadata: dict[str, str] = {}
     sides: dict[str, str] = {}
+    notes: tuple[str, ...] = ()
     size = 0
     for prefix, folder in parts.items():
-        model = folder / MODEL
+        model = model_of(folder)
         if not model.is_file():
-            pickled = (folder / "adapter_model.bin").is_file()
-            hint = "reading adapter_model.bin is not supported yet: save it as safetensors" if pickled else None
-            raise FormatError(f"has {CONFIG} but no {MODEL}", file=str(folder), hint=hint)
+            raise FormatError(f"has {CONFIG} but no {MODEL}", file=str(folder))
         try:
-            header = read_header(model)
+            found = _tensors_of(model)
         except LoratoolError as error:
             raise error.with_file(str(model)) from error.__cause__
-        tensors |= {prefix + key: tensor for key, tensor in header.tensors.items()}
-        metadata |= header.metadata
-        size += header.size_bytes
+        tensors |= {prefix + key: tensor for key, tensor in found.tensors.items()}
+        metadata |= found.metadata
+        notes += found.notes
+        size += found.size_bytes
         if (folder / CONFIG).is_file():
             sides[prefix + CONFIG] = _read_text(folder / CONFIG)
             size += (folder / CONFIG).stat().st_size
-    return Bundle(tensors, metadata, sides, str(place), size)
+    return Bundle(tensors, metadata, sides, str(place), size, notes=notes)
 
 
 def _read_text(path: Path) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from loratool.core.errors import FormatError, LoratoolError, few
 from loratool.core.tensor import LazyTensor
 from loratool.files.bundle import PICKLES
+from loratool.files.pickles import is_pickle
 from loratool.files.safetensors import Header, read_header
 
 WEIGHTS = ".safetensors"
@@ -111,7 +112,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> CheckpointFiles:
 
 def _advice(place: Path) -> str:
     if any(file.suffix in PICKLES for file in (*place.glob("*"), *place.glob("*/*"))):
-        return "it holds pickles (.bin, .ckpt), which are not read: save it as safetensors"
+        return "it holds pickles (.bin, .ckpt): rewrite each once: loratool convert FILE -o FILE.safetensors"
     return "name a checkpoint file or a model's folder"
 
 
@@ -121,7 +122,21 @@ def _components(place: Path) -> Iterator[WeightSet]:
 
 
 def _file(path: Path, name: str) -> WeightFile:
+    if is_pickle(path):
+        raise not_read(path)
     return WeightFile(name, str(path), read_header(path))
+
+
+def not_read(path: Path) -> FormatError:
+    """A pickle where a checkpoint is wanted: bakes copy bytes from safetensors to safetensors."""
+    import shlex
+
+    words = (str(path), "-o", str(path.with_suffix(WEIGHTS)))
+    return FormatError(
+        "is a pickle; checkpoints are only read from safetensors",
+        file=str(path),
+        hint=f"rewrite it once: loratool convert {shlex.join(words)}",
+    )
 
 
 def _sets(folder: Path, below: str) -> Iterator[WeightSet]:

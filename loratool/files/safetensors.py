@@ -322,7 +322,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:80] + "..."
 
 
-_PICKLE = "reading .pt/.bin files is not supported yet; resave it as safetensors"
+_PICKLE = "rewrite it once: loratool convert FILE -o FILE.safetensors"
 _MAGIC = (
     (b"version https://git-lfs", "a git-lfs pointer, not the file it stands for", "run `git lfs pull` or download it"),
     (b"GGUF", "a GGUF model", "use the safetensors version of the file"),

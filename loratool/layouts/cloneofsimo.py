@@ -2,6 +2,9 @@
 
 Keys number the modules in the order in which the model's modules were traversed (`unet:3:up`); the header lists
 the classes that were visited, and has an entry `<token>` = `<embed>` for each learned embedding. No alpha: scale 1.
+
+Before that its files were pickled lists without any names, up and down in turn (`0`, `1`, ...), one file for each
+component. Then the number of modules tells which component it is and which classes were visited.
 """
 
 from __future__ import annotations
@@ -9,13 +12,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 
 from loratool.core.architecture import Architecture, Spoken
-from loratool.core.layout import Layout
+from loratool.core.layout import Layout, Parsed
 
 _KEY = re.compile(r"^(unet|text_encoder):(\d+):(up|down)$")
 _STEM = re.compile(r"^(unet|text_encoder):(\d+)$")
+_LISTED = re.compile(r"^\d{1,6}$")
+_LISTED_STEM = re.compile(r"^(?:(\d+) modules: )?(\d{1,6})$")
 _BLOCK = re.compile(r"^(down|up|mid)_block(?:s\.(\d+))?\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.(.+)$")
 
 # Position of a layer inside one transformer block, as diffusers registered them then: attn1, ff, attn2.
@@ -33,6 +39,7 @@ _CLIP = re.compile(r"^text_model\.encoder\.layers\.(\d+)\.self_attn\.(\w+)$")
 _CLIP_INSIDE = {"k_proj": 0, "v_proj": 1, "q_proj": 2, "out_proj": 3}
 
 _ATTENTION = {"CrossAttention", "Attention"}
+_LISTS = (("unet", '["CrossAttention", "Attention", "GEGLU"]'), ("unet", '["CrossAttention"]'), ("text_encoder", ""))
 _KNOWN = {"unet": _ATTENTION | {"GEGLU"}, "text_encoder": {"CLIPAttention"}}
 
 
@@ -40,18 +47,39 @@ class Cloneofsimo(Layout):
     """Numbered modules."""
 
     def split(self, key: str) -> tuple[str, str, str] | None:
-        """`unet:3:up` is the up factor of module 3 of the UNet."""
+        """`unet:3:up` is the up factor of module 3 of the UNet, `6` that of module 3 of a list."""
+        if _LISTED.match(key):
+            return str(int(key) // 2), "lora", ("up", "down")[int(key) % 2]
         match = _KEY.match(key)
         return None if match is None else (f"{match[1]}:{match[2]}", "lora", match[3])
 
+    def parse(self, keys: Sequence[str]) -> Parsed:
+        """The stems of a list have its length in front: without it they say nothing."""
+        parsed = super().parse(keys)
+        if not all(map(_LISTED.match, keys)):
+            return parsed
+        return replace(parsed, groups={f"{len(parsed.groups)} modules: {n}": one for n, one in parsed.groups.items()})
+
     def resolve(self, stem: str, architecture: Architecture, metadata: Mapping[str, str]) -> Sequence[Spoken]:
         """The module at that position of the traversal, if the classes that were visited are known ones."""
+        match = _LISTED_STEM.match(stem)
+        if match is not None:
+            return _listed(architecture, int(match[2]), match[1] and int(match[1]))
         match = _STEM.match(stem)
         if match is None:
             return ()
         spoken = _traversal(architecture, match[1], metadata.get(match[1], ""))
         index = int(match[2])
         return [spoken[index]] if index < len(spoken) else ()
+
+
+def _listed(architecture: Architecture, index: int, count: int | str | None) -> Sequence[Spoken]:
+    """Module `index` of a list of `count` modules (None: any number), if a traversal visits as many."""
+    for component, visited in _LISTS:
+        spoken = _traversal(architecture, component, visited)
+        if index < len(spoken) and count in (None, len(spoken)):
+            return [spoken[index]]
+    return ()
 
 
 @cache

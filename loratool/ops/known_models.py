@@ -9,13 +9,12 @@ from pathlib import Path
 
 from loratool.core.adapter import Bundle
 from loratool.core.architecture import Architecture
-from loratool.core.errors import FormatError
 from loratool.core.identify import checkpoint_of, what_it_is
 from loratool.core.registry import architectures
 from loratool.core.target import same_shape
 from loratool.core.tensor import LazyTensor
 from loratool.files.bundle import PICKLES
-from loratool.files.checkpoint import read_checkpoint
+from loratool.files.checkpoint import not_read, read_checkpoint
 from loratool.ops.base import telling_part
 
 _MOST_OTHER_SHAPES = 0.05
@@ -93,7 +92,7 @@ def look_at(path: str | os.PathLike[str]) -> Look:
     Raises FormatError for what cannot be read.
     """
     if Path(path).suffix.lower() in PICKLES and os.path.isfile(path):
-        raise FormatError("is a pickle, which is not read", file=str(path), hint="save it as safetensors")
+        raise not_read(Path(path))
     files = read_checkpoint(path)
     keys = telling_part(files)
     model = checkpoint_of(keys)

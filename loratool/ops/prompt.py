@@ -83,9 +83,7 @@ def find_lora(name: str, *, environ: Mapping[str, str] | None = None, home: Path
     files = list(files_in(places))
     # WebUI does not know suffixes: style.pt and style.safetensors are both `style`.
     fitting = called(name, files) or [file for file in files if _is_pickle(file) and Path(file.stem).stem == name]
-    readable = [file for file in fitting if not _is_pickle(file)]
-    if fitting and not readable:
-        raise LoratoolError("is a pickle, which is not read", file=str(fitting[0].path), hint="save it as safetensors")
+    readable = [file for file in fitting if not _is_pickle(file)] or fitting
     trained = {} if readable else _trained_as(files)
     readable = readable or [file for file in files if trained.get(file.path) == name]
     if len(readable) == 1:

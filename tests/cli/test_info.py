@@ -394,7 +394,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         "git-lfs pointer",
     ),
     "zip": (lambda path: zip_with(path, ["readme.txt"]), "zip archive"),
-    "torch zip": (lambda path: torch.save({"a": torch.zeros(1)}, path), "PyTorch file"),
+    "torch zip": (lambda path: torch.save({"a": torch.zeros(1)}, path), "textual inversion"),
     "pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1}, protocol=2)), "pickle"),
     "json": (lambda path: path.write_bytes(b'{"r": 4}' + b" " * 40), "JSON"),
     "empty": (lambda path: path.write_bytes(b""), "empty"),
