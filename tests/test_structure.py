@@ -21,19 +21,25 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 
 LEVELS = (
     frozenset({"core"}),
-    frozenset({"architectures", "layouts", "families", "files"}),
+    frozenset({"architectures", "layouts", "families", "programs", "files"}),
     frozenset({"ops", "merging", "checks"}),
     frozenset({"report"}),
     frozenset({"cli"}),
 )
 """Who may import whom: a folder itself and every level before its own."""
 
-PLUGINS = {"architectures": "ARCHITECTURE", "layouts": "LAYOUT", "families": "FAMILY", "merging": "METHOD"}
+PLUGINS = {
+    "architectures": "ARCHITECTURE",
+    "layouts": "LAYOUT",
+    "families": "FAMILY",
+    "merging": "METHOD",
+    "programs": "PROGRAM",
+}
 PLUGIN_FOLDERS = frozenset({*PLUGINS, "checks"})
 TENSOR_LIBRARIES = frozenset({"torch", "numpy"})
 TENSOR_FOLDERS = frozenset({"ops", "merging"})
-HEADER_ONLY = ("ops/open.py", "ops/inspect.py")
-"""What `loratool info` runs: no tensor library at all."""
+HEADER_ONLY = ("ops/open.py", "ops/inspect.py", "ops/conformance.py", "ops/check.py")
+"""What `loratool info` and `loratool check` run: no tensor library at all."""
 
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 
@@ -179,6 +185,7 @@ def test_a_plugin_is_one_object_in_a_file_of_its_name(folder: str) -> None:
         "layouts": registry.layouts,
         "families": registry.families,
         "merging": registry.methods,
+        "programs": registry.programs,
     }
     found = {}
     for path in plugin_files(folder):

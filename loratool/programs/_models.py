@@ -1,0 +1,37 @@
+"""Ids that several programs' rules name."""
+
+from __future__ import annotations
+
+SD = ("sd15", "sd21", "sdxl", "sdxl-refiner")
+"""Stable Diffusion's UNets."""
+
+TRANSFORMERS = (
+    "sd3",
+    "flux",
+    "chroma",
+    "flux2",
+    "lumina2",
+    "z-image",
+    "qwen-image",
+    "wan",
+    "hunyuan-video",
+    "hunyuan-image",
+    "ltx-video",
+    "ltx2",
+    "hidream",
+    "auraflow",
+    "pixart",
+    "sana",
+    "cogvideox",
+    "cosmos",
+    "anima",
+    "krea2",
+)
+
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+NOT_LORA = ("loha", "lokr", "diff", "ia3", "oft", "boft", "glora", "dylora")
+"""Every family but LoRA itself."""
+
+DOTTED = ("comfyui", "ai-toolkit")
+"""Layouts with dots and `diffusion_model.` in front."""
