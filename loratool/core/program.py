@@ -30,12 +30,26 @@ SCALINGS = (ONE, COMMONEST, CONFIGS)
 several), over the module's own rank; lora_alpha / r of `adapter_config.json`, whatever its patterns say."""
 
 
+class Keys:
+    """All keys of a file. What is looked for once need not be looked for again."""
+
+    def __init__(self, keys: Collection[str]) -> None:
+        self._keys = keys
+        self._found: dict[str, bool] = {}
+
+    def any(self, expression: str) -> bool:
+        """Whether an expression is found in one of them."""
+        if expression not in self._found:
+            self._found[expression] = any(_compiled(expression).search(key) for key in self._keys)
+        return self._found[expression]
+
+
 @dataclass(frozen=True, slots=True)
 class Fact:
     """One module as rules see it. `keys` are those in the file, `paths` those of its targets.
 
     `naming` is the naming its name is of, `written` whether the layout is written so. `others` are the paths of all
-    modules of the component, `first` the first key of the component.
+    modules of the component, `first` the first key of the component, `file` all keys of the file.
     """
 
     layout: str
@@ -50,15 +64,16 @@ class Fact:
     paths: Collection[str]
     others: Collection[str]
     first: str
+    file: Keys
 
 
 @dataclass(frozen=True, slots=True)
 class When:
     """Which modules are meant: all that is given must hold, and a list names alternatives. Nothing given: every module.
 
-    `keys`, `paths` and `first` are expressions, found anywhere in one of the module's keys, in the path of one of its
-    targets, in the component's first key. `lacking` is one that no path of the component may match; `{parent}` in it
-    is the module's path without its last part.
+    `keys`, `paths`, `first` and `beside` are expressions, found anywhere in one of the module's keys, in the path of
+    one of its targets, in the component's first key, in any key of the file. `lacking` is one that no path of the
+    component may match; `{parent}` in it is the module's path without its last part.
     """
 
     layouts: tuple[str, ...] = ()
@@ -72,6 +87,7 @@ class When:
     keys: str = ""
     paths: str = ""
     first: str = ""
+    beside: str = ""
     lacking: str = ""
 
     def holds(self, fact: Fact) -> bool:
@@ -88,6 +104,7 @@ class When:
             and (not self.keys or any(_compiled(self.keys).search(key) for key in fact.keys))
             and (not self.paths or any(_compiled(self.paths).search(path) for path in fact.paths))
             and (not self.first or _compiled(self.first).search(fact.first) is not None)
+            and (not self.beside or fact.file.any(self.beside))
             and (not self.lacking or self._lacks(fact))
         )
 

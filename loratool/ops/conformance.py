@@ -19,6 +19,7 @@ from loratool.core.program import (
     REFUSES,
     SCALES,
     Fact,
+    Keys,
     Program,
     When,
 )
@@ -32,13 +33,17 @@ _SAME = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class Fate:
-    """What becomes of one module: `outcome`, what its update is multiplied by against what the file says, and why."""
+    """What becomes of one module, of which `key` is one key: `outcome`, and the reasons.
+
+    `strength` is what its update is multiplied by against what the file says; `drops` are parts that are left out.
+    """
 
     component: str
     targets: tuple[str, ...]
     key: str
     outcome: str
     strength: float
+    drops: tuple[str, ...]
     reasons: tuple[str, ...]
 
 
@@ -114,6 +119,7 @@ class _View:
         self.alphas = {c: _commonest_alpha(adapter.of(c)) for c in adapter.components}
         written = adapter.architecture.writes.get(adapter.layout, {})
         self.written = {c: adapter.voices.get(c) == written.get(c) for c in adapter.components}
+        self.file = Keys(tuple(adapter.stored))
         order = {key: at for at, key in enumerate(adapter.stored)}
         firsts = {c: [key for m in adapter.of(c) for key in m.keys.values()] for c in adapter.components}
         self.first = {c: min(keys, key=lambda k: order.get(k, 0), default="") for c, keys in firsts.items()}
@@ -139,6 +145,7 @@ class _View:
                     paths=tuple(target.path for target in module.targets),
                     others=self.paths[component],
                     first=self.first[component],
+                    file=self.file,
                 ),
             )
 
@@ -184,6 +191,7 @@ def _fate(program: Program, view: _View, module: Module, fact: Fact) -> Fate:
     read = any(when.holds(fact) for when in program.reads)
     outcome, strength = READ if read else IGNORED, 1.0
     reasons = [] if read else [_why_unread(program, fact, module)]
+    drops = []
     for rule in program.rules:
         if (rule.unread and read) or (not read and rule.does != REFUSES) or not rule.when.holds(fact):
             continue
@@ -192,6 +200,8 @@ def _fate(program: Program, view: _View, module: Module, fact: Fact) -> Fate:
             if module.scale == 0 or math.isclose(applied, module.scale, rel_tol=_SAME):
                 continue
             strength = applied / module.scale
+        elif rule.does == DROPS:
+            drops.append(rule.what)
         outcome = max(outcome, _OUTCOMES[rule.does], key=_ORDER.index)
         reasons.append(f"{program.title} {rule.why}")
     limit = program.rank
@@ -200,7 +210,8 @@ def _fate(program: Program, view: _View, module: Module, fact: Fact) -> Fate:
         reasons.append(_too_high(program, module.rank))
     strength = strength if outcome in (READ, CHANGED) else 0.0
     key = next(iter(fact.keys), "")
-    return Fate(fact.component, tuple(fact.paths), key, outcome, strength, tuple(dict.fromkeys(reasons)))
+    told = tuple(dict.fromkeys(reasons))
+    return Fate(fact.component, tuple(fact.paths), key, outcome, strength, tuple(dict.fromkeys(drops)), told)
 
 
 _OUTCOMES = {REFUSES: REFUSED, IGNORES: IGNORED, DROPS: CHANGED, CHANGES: CHANGED, SCALES: CHANGED}

@@ -12,7 +12,9 @@ from loratool.programs._models import DOTTED, ENCODERS, NOT_LORA, SD
 _COMPONENTS = r"^(unet|transformer(_2)?|text_encoder(_2)?|connectors|text_conditioner)\."
 _EACH_KEY = "wants `lora` in every key and refuses a file with others"
 _ATTENTION = r"\.attn[12]\.to_(q|k|v|out\.0)$"
+_ATTENDING = r"(^|\.)(q_proj|k_proj|v_proj|out_proj)$"
 _RANKED = r"(^|\.)(q_proj|k_proj|v_proj|out_proj|fc1|fc2)$"
+_CLIPS = ((SD, ENCODERS), (("sd3",), ("text_encoder", "text_encoder_2")), (("flux",), ("text_encoder",)))
 _OUTSIDE = r"^(x_embedder|context_embedder|time_text_embed|norm_out|proj_out)"
 _WRONG_ALPHA = "matches alphas by names that no module has: it takes the commonest alpha of the {} instead"
 _UNSCALED = ("hunyuan-video", "lumina2", "hidream", "ltx-video", "ltx2", "flux2", "anima", "krea2")
@@ -136,14 +138,44 @@ PROGRAM = Program(
             "takes the spelling of the first key for all and passes over modules of another one",
         ),
         Rule(
-            When(layouts=("diffusers",), components=ENCODERS, has=("no alpha", "alpha stored"), lacking=_RANKED),
-            REFUSES,
-            "finds no rank in a text encoder without attention and MLP modules, unless the header says it",
+            When(layouts=("diffusers",), components=("unet", "transformer"), families=("lora",), beside=r"\.lokr_"),
+            IGNORES,
+            "takes a file for LoKr where one key is, and applies no LoRA of that model",
         ),
-        Rule(
-            When(layouts=("kohya",), architectures=SD, components=ENCODERS, lacking=_RANKED),
-            REFUSES,
-            "finds no rank in a text encoder without attention and MLP modules",
+        *(
+            Rule(
+                When(layouts=("diffusers",), architectures=models, components=encoders, keys=keys, lacking=lacking),
+                REFUSES,
+                f"recognises a text encoder in this spelling by its {what} modules, and the file has none",
+            )
+            for models, encoders in _CLIPS
+            for keys, lacking, what in (
+                (r"\.lora_[AB]\.weight$", _ATTENDING, "attention"),
+                (r"\.lora_linear_layer\.", _RANKED, "attention and MLP"),
+            )
+        ),
+        # It tells kohya's spelling of a text encoder by `to_out_lora`, or `lora_linear_layer` of the MLP.
+        *(
+            Rule(
+                When(layouts=("kohya",), architectures=models, components=encoders, lacking=r"(out_proj|fc1|fc2)$"),
+                REFUSES,
+                "recognises kohya's text encoders by an out_proj or an MLP module, and the file has none",
+            )
+            for models, encoders in _CLIPS
+        ),
+        *(
+            Rule(
+                When(
+                    layouts=("kohya",),
+                    architectures=models,
+                    components=encoders,
+                    paths=r"self_attn\.[qkv]_proj$",
+                    lacking=r"out_proj$",
+                ),
+                IGNORES,
+                "reads q, k and v of kohya's text encoders only where the file has an out_proj, too",
+            )
+            for models, encoders in _CLIPS
         ),
         # DoRA.
         Rule(
