@@ -15,7 +15,7 @@ from loratool.core.module import Module
 from loratool.core.program import Program
 from loratool.core.registry import families, layouts, programs
 from loratool.core.tensor import LazyTensor, Source
-from loratool.ops.conformance import REFUSED, Conformance, conform
+from loratool.ops.conformance import CHANGED, READ, REFUSED, Conformance, conform
 from loratool.ops.open import open_adapter
 from loratool.ops.spell import spell
 
@@ -84,7 +84,9 @@ def program_named(name: str) -> str:
 def _remedy(found: Conformance) -> Remedy | None:
     adapter, program = found.adapter, found.program
     extras = tuple(adapter.extras)
+    some = _applied(found)
     for candidate in candidates(adapter, program):
+        some = some or (candidate.conformance is not None and _applied(candidate.conformance))
         if not candidate.fully:
             continue
         words = ["loratool", "convert", adapter.path or "FILE", "--for", program.id]
@@ -92,7 +94,12 @@ def _remedy(found: Conformance) -> Remedy | None:
         words += ["--drop-extras"] if extras else []
         command = shlex.join(words) + " -o OUT"
         return Remedy(command, exact=not candidate.approximated, leaves_out=extras)
-    return _setting(found) or _bake(found)
+    return _setting(found) or (_bake(found) if some else None)
+
+
+def _applied(found: Conformance) -> bool:
+    """Whether the program knows what to do with any module: else it knows nothing of the model, either."""
+    return bool(found.counts[READ] + found.counts[CHANGED])
 
 
 def _setting(found: Conformance) -> Remedy | None:

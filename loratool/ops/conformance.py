@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from loratool.core.adapter import CONFIG, Adapter
+from loratool.core.architecture import Voice
 from loratool.core.module import Module
 from loratool.core.program import (
     CHANGES,
@@ -118,7 +119,7 @@ class _View:
         self.paths = {c: tuple(t.path for m in adapter.of(c) for t in m.targets) for c in adapter.components}
         self.alphas = {c: _commonest_alpha(adapter.of(c)) for c in adapter.components}
         written = adapter.architecture.writes.get(adapter.layout, {})
-        self.written = {c: adapter.voices.get(c) == written.get(c) for c in adapter.components}
+        self.written = {c: _in_folder(adapter.voices.get(c)) == written.get(c) for c in adapter.components}
         self.file = Keys(tuple(adapter.stored))
         order = {key: at for at, key in enumerate(adapter.stored)}
         firsts = {c: [key for m in adapter.of(c) for key in m.keys.values()] for c in adapter.components}
@@ -157,6 +158,11 @@ class _View:
         if scaling == CONFIGS:
             return _config_scale(self.adapter, module)
         return 1.0
+
+
+def _in_folder(voice: Voice | None) -> Voice | None:
+    """A voice as it is within a component's sub-folder."""
+    return None if voice is None else replace(voice, prefix=voice.prefix.rpartition("/")[2])
 
 
 def _has(module: Module) -> Iterable[str]:
