@@ -46,7 +46,7 @@ class Keys:
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One module as rules see it. `keys` are those in the file, `paths` those of its targets.
+    """One module as rules see it: `keys` in the file, `paths` of its targets, shapes of its factors by `roles`.
 
     `naming` is the naming its name is of, `written` whether the layout is written so. `others` are the paths of all
     modules of the component, `first` the first key of the component, `file` all keys of the file.
@@ -58,7 +58,7 @@ class Fact:
     naming: str
     written: bool
     family: str
-    roles: Collection[str]
+    roles: Mapping[str, tuple[int, ...]]
     has: Collection[str]
     keys: Collection[str]
     paths: Collection[str]
@@ -73,7 +73,8 @@ class When:
 
     `keys`, `paths`, `first` and `beside` are expressions, found anywhere in one of the module's keys, in the path of
     one of its targets, in the component's first key, in any key of the file. `lacking` is one that no path of the
-    component may match; `{parent}` in it is the module's path without its last part.
+    component may match; `{parent}` in it is the module's path without its last part. `taller` are two roles: the first
+    factor has more rows than the second.
     """
 
     layouts: tuple[str, ...] = ()
@@ -83,6 +84,7 @@ class When:
     written: bool = False
     families: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
+    taller: tuple[str, str] | None = None
     has: tuple[str, ...] = ()
     keys: str = ""
     paths: str = ""
@@ -100,6 +102,7 @@ class When:
             and (not self.written or fact.written)
             and (not self.families or fact.family in self.families)
             and (not self.roles or any(role in fact.roles for role in self.roles))
+            and (self.taller is None or _taller(fact.roles, *self.taller))
             and (not self.has or any(what in fact.has for what in self.has))
             and (not self.keys or any(_compiled(self.keys).search(key) for key in fact.keys))
             and (not self.paths or any(_compiled(self.paths).search(path) for path in fact.paths))
@@ -112,6 +115,10 @@ class When:
         parent = next(iter(fact.paths)).rpartition(".")[0]
         wanted = _compiled(self.lacking.replace("{parent}", re.escape(parent)))
         return not any(wanted.search(path) for path in fact.others)
+
+
+def _taller(shapes: Mapping[str, tuple[int, ...]], first: str, second: str) -> bool:
+    return first in shapes and second in shapes and shapes[first][0] > shapes[second][0]
 
 
 @cache

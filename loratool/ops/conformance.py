@@ -140,7 +140,7 @@ class _View:
                     naming=voice.naming if voice else "",
                     written=self.written[component],
                     family=module.family.id,
-                    roles=module.factors.keys(),
+                    roles=module.shapes,
                     has=frozenset(_has(module)),
                     keys=tuple(module.keys.values()),
                     paths=tuple(target.path for target in module.targets),

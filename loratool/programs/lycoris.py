@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loratool.core.program import IGNORES, KeyRule, Program, Rule, When
+from loratool.core.program import IGNORES, REFUSES, KeyRule, Program, Rule, When
 
 PROGRAM = Program(
     id="lycoris",
@@ -21,6 +21,24 @@ PROGRAM = Program(
         ),
     ),
     rules=(
+        Rule(
+            When(architectures=("sd15", "sd21"), components=("unet",)),
+            REFUSES,
+            "fails on UNets with diffusers' names: its list of modules has time_embedding twice",
+        ),
+        Rule(When(has=("magnitude per input",)), REFUSES, "fails on a DoRA magnitude per input (wd_on_output=False)"),
+        Rule(When(families=("ia3",)), REFUSES, "fails on its own IA3 files"),
+        Rule(
+            When(families=("lora", "loha", "lokr", "glora", "oft", "boft"), has=("no alpha",)),
+            REFUSES,
+            "fails on a module without an alpha",
+        ),
+        Rule(When(families=("lokr",), roles=("w1_a",)), REFUSES, "fails on a LoKr whose w1 is factored"),
+        Rule(When(families=("lokr",), roles=("t2",)), REFUSES, "fails on a LoKr with a Tucker core"),
+        *(
+            Rule(When(families=("lokr",), taller=("w1", right)), REFUSES, "fails on an unbalanced LoKr")
+            for right in ("w2", "w2_a")
+        ),
         Rule(
             When(families=("lora",), keys=r"\.lora_[AB]\.weight$"),
             IGNORES,
