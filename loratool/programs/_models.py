@@ -35,3 +35,13 @@ NOT_LORA = ("loha", "lokr", "diff", "ia3", "oft", "boft", "glora", "dylora")
 
 DOTTED = ("comfyui", "ai-toolkit")
 """Layouts with dots and `diffusion_model.` in front."""
+
+GLUED = r"_lora\.(up|down)\.weight$"
+"""`..._to_k_lora.down.weight`: old diffusers' attention, also in flattened names."""
+
+NESTED = r"\.lora\.(up|down)\.weight$"
+
+LETTERS = r"\.lora_[AB]\.weight$"
+
+VECTOR = r"\.lora_magnitude_vector(\.weight)?$"
+"""PEFT's name of a DoRA magnitude."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from loratool.core.program import CHANGES, IGNORES, KeyRule, Program, Rule, When
+from loratool.core.program import CHANGES, DROPS, IGNORES, REFUSES, KeyRule, Program, Rule, When
+from loratool.programs._models import GLUED, NESTED, VECTOR
 
 _FAMILIES = ("lora", "loha", "lokr", "ia3", "diff", "glora", "oft", "boft")
 _WHOLE_ATTENTION = tuple(
@@ -48,8 +49,11 @@ PROGRAM = Program(
     ),
     rules=(
         *_WHOLE_ATTENTION,
+        Rule(When(layouts=("kohya", "a1111"), keys=GLUED), IGNORES, "finds no module for `_lora.down` and `_lora.up`"),
+        Rule(When(layouts=("kohya", "a1111"), keys=NESTED), REFUSES, "raises an error at `.lora.down` and `.lora.up`"),
+        Rule(When(keys=VECTOR), DROPS, "reads DoRA magnitudes as dora_scale only", "magnitude"),
         Rule(
-            When(has=("magnitude per output",)),
+            When(has=("magnitude per output",), keys=r"\.dora_scale$"),
             CHANGES,
             "divides a DoRA magnitude by the norms of the weight's columns, also one that is per output",
         ),

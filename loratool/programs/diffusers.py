@@ -7,7 +7,7 @@ What is said of Stable Diffusion and FLUX.1 is tested; the rest is read from `lo
 from __future__ import annotations
 
 from loratool.core.program import COMMONEST, DROPS, IGNORES, ONE, REFUSES, SCALES, KeyRule, Program, Rule, When
-from loratool.programs._models import DOTTED, ENCODERS, NOT_LORA, SD
+from loratool.programs._models import DOTTED, ENCODERS, GLUED, LETTERS, NESTED, NOT_LORA, SD, VECTOR
 
 _COMPONENTS = r"^(unet|transformer(_2)?|text_encoder(_2)?|connectors|text_conditioner)\."
 _EACH_KEY = "wants `lora` in every key and refuses a file with others"
@@ -82,6 +82,21 @@ PROGRAM = Program(
         # Stable Diffusion, kohya's spelling.
         Rule(When(architectures=SD, families=NOT_LORA), REFUSES, "knows LoRA only and refuses a file with other kinds"),
         Rule(When(architectures=SD, roles=("mid",)), REFUSES, "refuses a file with a Tucker core (lora_mid)"),
+        Rule(
+            When(layouts=("kohya",), architectures=SD, keys=rf"{GLUED}|{NESTED}|{LETTERS}"),
+            REFUSES,
+            "wants lora_down and lora_up behind flattened names",
+        ),
+        Rule(
+            When(layouts=("kohya",), architectures=("flux",), keys=rf"{NESTED}|{LETTERS}"),
+            IGNORES,
+            "wants lora_down and lora_up behind flattened names",
+        ),
+        Rule(
+            When(layouts=("kohya",), architectures=(*SD, "flux"), keys=VECTOR),
+            REFUSES,
+            "refuses lora_magnitude_vector behind flattened names",
+        ),
         Rule(
             When(layouts=("kohya",), architectures=SD, components=("unet",), paths=_ATTENTION),
             SCALES,

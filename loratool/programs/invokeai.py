@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from loratool.core.program import CHANGES, IGNORES, ONE, REFUSES, SCALES, KeyRule, Program, Rule, When
-from loratool.programs._models import DOTTED, SD
+from loratool.core.program import CHANGES, DROPS, IGNORES, ONE, REFUSES, SCALES, KeyRule, Program, Rule, When
+from loratool.programs._models import DOTTED, GLUED, LETTERS, NESTED, SD, VECTOR
 
 _FAMILIES = ("lora", "loha", "lokr", "diff", "ia3")
 _NEWER = ("flux2", "z-image", "qwen-image", "krea2", "anima", "wan")
@@ -62,7 +62,13 @@ PROGRAM = Program(
             "expects a LoRA beside every DoRA magnitude",
         ),
         Rule(
-            When(has=("magnitude per output",), families=("lora",)),
+            When(layouts=("kohya", "a1111"), architectures=SD, keys=rf"{GLUED}|{NESTED}|{LETTERS}"),
+            REFUSES,
+            "wants lora_down and lora_up behind flattened names",
+        ),
+        Rule(When(layouts=("kohya",), keys=VECTOR), DROPS, "reads DoRA magnitudes as dora_scale only", "magnitude"),
+        Rule(
+            When(has=("magnitude per output",), families=("lora",), keys=r"\.dora_scale$"),
             CHANGES,
             "divides a DoRA magnitude by the norms of the weight's columns, also one that is per output",
         ),

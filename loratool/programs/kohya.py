@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loratool.core.program import DROPS, IGNORES, REFUSES, KeyRule, Program, Rule, When
+from loratool.programs._models import GLUED, LETTERS, NESTED
 
 _UNETS = ("sd15", "sd21", "sdxl")
 _OTHERS = ("sd3", "flux", "chroma", "lumina2", "hunyuan-image", "anima")
@@ -55,7 +56,7 @@ PROGRAM = Program(
             _STRICT.format("kinds that need LyCORIS"),
         ),
         Rule(When(roles=("mid",)), REFUSES, "expects another shape of lora_down than beside a Tucker core"),
-        Rule(When(keys=r"\.lora_[AB]\.weight$"), IGNORES, "knows no lora_A and lora_B"),
+        Rule(When(keys=rf"{GLUED}|{NESTED}|{LETTERS}"), IGNORES, "knows lora_down and lora_up only"),
         Rule(
             When(architectures=_UNETS, has=("magnitude",)),
             DROPS,

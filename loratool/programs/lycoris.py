@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from loratool.core.program import IGNORES, REFUSES, KeyRule, Program, Rule, When
+from loratool.core.program import DROPS, IGNORES, REFUSES, KeyRule, Program, Rule, When
+from loratool.programs._models import GLUED, LETTERS, NESTED, VECTOR
 
 PROGRAM = Program(
     id="lycoris",
@@ -40,10 +41,13 @@ PROGRAM = Program(
             for right in ("w2", "w2_a")
         ),
         Rule(
-            When(families=("lora",), keys=r"\.lora_[AB]\.weight$"),
+            When(architectures=("flux",), keys=r"^lora_te3_"),
             IGNORES,
-            "knows no lora_A and lora_B",
+            "numbers text encoders in order, so that FLUX.1's T5 is lora_te2",
         ),
+        Rule(When(keys=GLUED), IGNORES, "finds no module for `_lora.down` and `_lora.up`"),
+        Rule(When(keys=rf"{NESTED}|{LETTERS}"), REFUSES, "fails on a LoRA that is not spelled lora_down and lora_up"),
+        Rule(When(keys=VECTOR), DROPS, "reads DoRA magnitudes as dora_scale only", "magnitude"),
     ),
     keys=(KeyRule(r"", IGNORES, "passes over tensors of no module"),),
     writes={"*": ("kohya",)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loratool.core.program import IGNORES, ONE, REFUSES, SCALES, KeyRule, Program, Rule, When
+from loratool.programs._models import GLUED
 
 _MODELS = (
     "sd15",
@@ -40,6 +41,11 @@ PROGRAM = Program(
             "refuses a file with other kinds than LoRA, LoHa, LoKr and its own OFT",
         ),
         Rule(When(families=("oft", "boft")), REFUSES, "trains another OFT than LyCORIS and sd-scripts"),
+        Rule(
+            When(keys=rf"{GLUED}|\.lora_linear_layer\."),
+            REFUSES,
+            "knows lora_down and lora_up, `.lora.down` and `.lora.up`, lora_A and lora_B only",
+        ),
         Rule(When(roles=("mid",)), REFUSES, "has no Tucker core in a LoRA"),
         Rule(When(roles=("bias",)), REFUSES, "refuses a file with a bias (lora_B.bias, diff_b)"),
         Rule(When(roles=("embedding_A",)), IGNORES, "adapts linear layers and convolutions only"),

@@ -19,7 +19,7 @@ from loratool.ops.conformance import DIFFERENTLY, FULLY, NOT, conform
 from loratool.ops.convert_file import convert_file
 from loratool.ops.open import open_adapter
 from tests.oracles.applied import assert_as_told, load_with_diffusers, wide_flux
-from tests.oracles.models import kohya_file, pipeline
+from tests.oracles.models import kohya_file, pipeline, shared
 
 Tensors = dict[str, torch.Tensor]
 Change = Callable[[Tensors], Tensors]
@@ -130,6 +130,10 @@ STABLE_DIFFUSION: dict[str, tuple[str, Change, str]] = {
     "kohya, Tucker": ("kohya", tucker, NOT),
     "kohya, one LoKr": ("kohya", one_lokr, NOT),
     "kohya, bundled embedding": ("kohya", also({"bundle_emb.x.string_to_param.*": torch.ones(2, 4)}), NOT),
+    "kohya, lora_A": ("kohya", renamed((r"lora_down", "lora_A"), (r"lora_up", "lora_B")), NOT),
+    "kohya, lora.up": ("kohya", renamed((r"\.lora_down", ".lora.down"), (r"\.lora_up", ".lora.up")), NOT),
+    "kohya, to_k_lora": ("kohya", renamed((r"(to_k)\.lora_(up|down)", r"\1_lora.\2")), NOT),
+    "kohya, lora_magnitude_vector": ("kohya", with_beside(".lora_magnitude_vector", magnitudes), NOT),
     "kohya, UNet only": ("kohya", only(r"^lora_unet_"), FULLY),
     "kohya, encoders without out_proj": ("kohya", without(r"out_proj"), DIFFERENTLY),
     "kohya, encoders' q, k, v": ("kohya", without(r"^lora_te.*(out_proj|mlp|text_projection)"), NOT),
@@ -356,6 +360,11 @@ def test_flux_at_full_width(name: str, tmp_path: Path) -> None:
     make, expected = WIDE[name]
     torch.manual_seed(0)
     assert verdict(written(make(), tmp_path / "x.safetensors"), "flux", wide=True) == expected
+
+
+def test_the_kohya_export_of_diffusers_scripts() -> None:
+    """Of SDXL with diffusers 0.36: it does not read its own file."""
+    assert verdict(shared("diffusers-0.36", "sdxl_script_kohya.safetensors"), "sdxl") == NOT
 
 
 def test_peft_folders_are_passed_over(tmp_path: Path) -> None:
