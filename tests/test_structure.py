@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -292,6 +293,23 @@ def test_info_loads_no_tensor_library(tmp_path: Path, options: list[str]) -> Non
     code = f"from loratool.cli.main import app\napp(['info', {str(file)!r}, *{options!r}], standalone_mode=False)"
     loaded = loaded_by(code)
     assert "loratool.ops.inspect" in loaded
+    assert not loaded & (TENSOR_LIBRARIES | {"safetensors"})
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+@pytest.mark.parametrize("architecture", ["sdxl", "flux"])
+def test_check_loads_no_tensor_library(architecture: str, layout: str, tmp_path: Path) -> None:
+    """Nor does it where parts of a fused weight are zero, which only values would tell."""
+    parts = [replace(part, zero_up=True) for part in typical_parts(architecture, layout, alpha=2.0)]
+    file = write_file(tmp_path / "a.safetensors", build(parts, layout))
+    words = ["check", str(file)]
+    for name in ("kohya", "diffusers", "comfyui", "peft", "a1111", "invokeai", "onetrainer", "vllm"):
+        words += ["--for", name]
+    code = (
+        f"from loratool.cli.main import app\ntry:\n app({words!r}, standalone_mode=False)\nexcept BaseException: pass"
+    )
+    loaded = loaded_by(code)
+    assert "loratool.report.check" in loaded
     assert not loaded & (TENSOR_LIBRARIES | {"safetensors"})
 
 
