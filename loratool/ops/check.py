@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from loratool.core.adapter import Adapter
-from loratool.core.errors import LoratoolError, NotRepresentable, UsageError
+from loratool.core.errors import LoratoolError, NotRepresentable, UnknownModel, UsageError
 from loratool.core.layout import Layout
 from loratool.core.module import Module
 from loratool.core.program import Program
@@ -66,7 +66,15 @@ def check_file(path: str | os.PathLike[str], program: str, architecture: str | N
 
 
 def check(adapter: Adapter, program: Program) -> Check:
-    """How `program` loads an adapter as it was read, and what makes it load fully."""
+    """How `program` loads an adapter as it was read, and what makes it load fully.
+
+    Raises UnknownModel where nothing can be said, because names are flattened and belong to no known model.
+    """
+    if adapter.architecture.id == "unknown":
+        raise UnknownModel(
+            "the model is unknown and its names are flattened, so that nothing can be said of programs",
+            hint="; ".join(adapter.notes) or "name the model with --architecture",
+        ).with_file(adapter.path)
     found = conform(adapter, program)
     return Check(found, None if found.fully else _remedy(found))
 

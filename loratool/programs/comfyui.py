@@ -11,7 +11,7 @@ _CLIP = r"^text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.f
 PROGRAM = Program(
     id="comfyui",
     title="ComfyUI",
-    version="0.38 (comfy/lora.py of 17358c8f, comfy/weight_adapter of late 2026)",
+    version="0.38 (comfy/lora.py of 17358c8f, comfy/weight_adapter of 0323d874)",
     sources=(
         "https://github.com/Comfy-Org/ComfyUI/blob/17358c8f73b581a0d22facc3c385822f09b8bfb1/comfy/lora.py",
         "https://github.com/comfyanonymous/ComfyUI/tree/0323d8746da9beb8f3face4b77305af8d58319d6/comfy/weight_adapter",

@@ -7,7 +7,7 @@ What is said of Stable Diffusion and FLUX.1 is tested; the rest is read from `lo
 from __future__ import annotations
 
 from loratool.core.program import COMMONEST, DROPS, IGNORES, ONE, REFUSES, SCALES, KeyRule, Program, Rule, When
-from loratool.programs._models import DOTTED, ENCODERS, GLUED, LETTERS, NESTED, NOT_LORA, SD, VECTOR
+from loratool.programs._models import DOTTED, ENCODERS, GLUED, LETTERS, NESTED, NOT_LORA, SD, TRANSFORMERS, VECTOR
 
 _COMPONENTS = r"^(unet|transformer(_2)?|text_encoder(_2)?|connectors|text_conditioner)\."
 _EACH_KEY = "wants `lora` in every key and refuses a file with others"
@@ -17,8 +17,12 @@ _RANKED = r"(^|\.)(q_proj|k_proj|v_proj|out_proj|fc1|fc2)$"
 _CLIPS = ((SD, ENCODERS), (("sd3",), ("text_encoder", "text_encoder_2")), (("flux",), ("text_encoder",)))
 _OUTSIDE = r"^(x_embedder|context_embedder|time_text_embed|norm_out|proj_out)"
 _WRONG_ALPHA = "matches alphas by names that no module has: it takes the commonest alpha of the {} instead"
-_UNSCALED = ("hunyuan-video", "lumina2", "hidream", "ltx-video", "ltx2", "flux2", "anima", "krea2")
+_UNSCALED = ("lumina2", "hidream", "ltx-video", "ltx2", "flux2", "anima", "krea2")
 """Models whose converter for native names knows no alpha."""
+
+_NO_ALPHA = tuple(m for m in (*SD, *TRANSFORMERS, "generic") if m not in ("flux", "chroma", "qwen-image", "z-image"))
+_NO_ALPHA_DOTTED = tuple(model for model in _NO_ALPHA if model != "wan")
+"""Models for which no tensor `.alpha` may stand beside the factors: in diffusers' names, and in native ones."""
 
 PROGRAM = Program(
     id="diffusers",
@@ -49,7 +53,7 @@ PROGRAM = Program(
         When(layouts=("kohya",), architectures=SD, families=("lora",), keys=r"^lora_(unet|te1?|te2)_"),
         When(
             layouts=("kohya",),
-            architectures=("flux",),
+            architectures=("flux", "chroma"),
             components=("transformer",),
             namings=("bfl",),
             families=("lora",),
@@ -75,6 +79,8 @@ PROGRAM = Program(
         When(layouts=("xlabs",), architectures=("flux",), components=("transformer",), families=("lora",)),
         When(layouts=("kohya", "musubi"), architectures=("wan", "qwen-image", "z-image", "flux2"), families=("lora",)),
         When(layouts=DOTTED, architectures=("wan", "qwen-image", "z-image", *_UNSCALED), families=("lora",)),
+        # Tencent's own names only: with ComfyUI's dots (img_attn.qkv) nothing is converted.
+        When(layouts=DOTTED, architectures=("hunyuan-video",), families=("lora",), beside=r"img_attn_qkv"),
         When(layouts=(*DOTTED, "diffusers"), architectures=("flux2", "z-image"), families=("lokr",)),
         When(layouts=("lycoris",), architectures=("flux2",), families=("lokr",)),
     ),
@@ -122,10 +128,11 @@ PROGRAM = Program(
             COMMONEST,
         ),
         # Stable Diffusion, other spellings.
-        Rule(When(layouts=("diffusers", *DOTTED), architectures=SD, has=("alpha stored",)), REFUSES, _EACH_KEY),
+        Rule(When(layouts=("diffusers",), architectures=_NO_ALPHA, has=("alpha stored",)), REFUSES, _EACH_KEY),
+        Rule(When(layouts=DOTTED, architectures=_NO_ALPHA_DOTTED, has=("alpha stored",)), REFUSES, _EACH_KEY),
         Rule(When(architectures=SD, keys=r"^lycoris_", has=("alpha stored",)), REFUSES, _EACH_KEY),
         Rule(
-            When(layouts=("diffusers",), architectures=SD, keys=r"\.lora_(up|down)\.weight$"),
+            When(layouts=("diffusers",), architectures=_NO_ALPHA, keys=r"\.lora_(up|down)\.weight$"),
             REFUSES,
             "refuses lora_down and lora_up in dotted names",
         ),
@@ -212,7 +219,12 @@ PROGRAM = Program(
             "applies nothing of a file with other kinds than LoRA",
         ),
         Rule(
-            When(layouts=("kohya", *DOTTED), architectures=("flux",), components=("transformer",), paths=_OUTSIDE),
+            When(
+                layouts=("kohya", *DOTTED),
+                architectures=("flux", "chroma"),
+                components=("transformer",),
+                paths=_OUTSIDE,
+            ),
             IGNORES,
             "forgets the prefix when it converts modules outside the blocks, and then passes them over",
         ),
@@ -275,16 +287,25 @@ PROGRAM = Program(
             COMMONEST,
         ),
         Rule(
-            When(layouts=("diffusers",), architectures=("flux",), has=("no alpha",)),
+            When(layouts=("diffusers",), architectures=("flux", "chroma"), has=("no alpha",)),
             SCALES,
             "gives modules without an alpha the commonest one of their component",
             COMMONEST,
         ),
-        # Models whose converter leaves `.alpha` over.
-        Rule(When(layouts=DOTTED, architectures=_UNSCALED, has=("alpha stored",)), REFUSES, _EACH_KEY),
+        # Models whose converter knows lora_A and lora_B only.
+        Rule(
+            When(layouts=DOTTED, architectures=_UNSCALED, keys=r"\.lora_(up|down)\.weight$"),
+            REFUSES,
+            "converts lora_A and lora_B only in native names",
+        ),
+        Rule(
+            When(layouts=DOTTED, architectures=("lumina2",), lacking=r"attn\.to_out\.0$"),
+            REFUSES,
+            "wants every module of Lumina's attention in a file with native names",
+        ),
     ),
     keys=(
-        KeyRule(r"^(?!.*lora)", REFUSES, _EACH_KEY, architectures=SD),
+        KeyRule(r"^(?!.*lora)", REFUSES, _EACH_KEY, architectures=(*_NO_ALPHA, "qwen-image", "z-image")),
         KeyRule(r"", IGNORES, "passes over tensors of no module, with a warning at most"),
     ),
     writes={"*": ("diffusers",)},

@@ -35,11 +35,20 @@ def as_json(check: Check, keys: bool = False) -> dict[str, Any]:
         "refused_keys": [fate.key for fate in found.key_fates if fate.outcome == "refused"],
         "unread_families": dict(adapter.unread_families),
         "remedy": None if check.remedy is None else _remedy(check.remedy),
-        "notes": [*adapter.notes, *program.notes],
+        "notes": _notes(found),
     }
     if keys:
         data["module_list"] = [_fate(fate) for fate in found.fates]
     return data
+
+
+def _notes(found: Conformance) -> list[str]:
+    """What is true of the file, and of every file for the program."""
+    known = () if not found.adapter.architecture.open else (_TAKEN,)
+    return [*found.adapter.notes, *known, *found.program.notes]
+
+
+_TAKEN = "The model has no table: that it has modules of these names is taken for granted."
 
 
 def _reason(reason: Reason) -> dict[str, Any]:
@@ -102,7 +111,7 @@ def _show_one(check: Check, console: Console, keys: bool) -> None:
     for reason in found.reasons:
         rows.append(("because", _why(reason), "yellow"))
     rows += _help(check.remedy, found)
-    rows += [("note", note, "dim") for note in found.program.notes]
+    rows += [("note", note, "dim") for note in _notes(found) if note not in found.adapter.notes]
     console.print(facts(rows))
     if keys:
         _list(found, console)
