@@ -220,15 +220,6 @@ def _fate(program: Program, view: _View, module: Module, fact: Fact) -> Fate:
     return Fate(fact.component, tuple(fact.paths), key, outcome, strength, tuple(dict.fromkeys(drops)), told)
 
 
-def judged(program: Program, fact: Fact) -> bool:
-    """Whether a program reads a module at all, whatever it leaves out or changes of it."""
-    if not any(when.holds(fact) for when in program.reads):
-        return False
-    return not any(
-        rule.does in (REFUSES, IGNORES) and not rule.unread and rule.when.holds(fact) for rule in program.rules
-    )
-
-
 _OUTCOMES = {REFUSES: REFUSED, IGNORES: IGNORED, DROPS: CHANGED, CHANGES: CHANGED, SCALES: CHANGED}
 _ORDER = (READ, CHANGED, IGNORED, REFUSED)
 

@@ -265,7 +265,7 @@ PROGRAM = Program(
         Rule(
             When(
                 layouts=("diffusers",),
-                architectures=("flux",),
+                architectures=("flux", "chroma"),
                 keys=r"\.lora_(up|down)\.weight$",
                 has=("alpha stored",),
             ),
