@@ -125,7 +125,7 @@ def _setting(found: Conformance) -> Remedy | None:
 
 def _bake(found: Conformance) -> Remedy | None:
     adapter = found.adapter
-    if not adapter.architecture.checkpoints or adapter.unread_families:
+    if not (adapter.architecture.checkpoints or adapter.architecture.open) or adapter.unread_families:
         return None
     command = f"{shlex.join(['loratool', 'bake', 'BASE', adapter.path or 'FILE'])} -o OUT"
     return Remedy(command, "no conversion does; this puts the update into a checkpoint, which every program loads")

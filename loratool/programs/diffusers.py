@@ -138,7 +138,10 @@ PROGRAM = Program(
         ),
         Rule(
             When(
-                layouts=("diffusers",), architectures=("sdxl",), components=("text_encoder_2",), namings=("hf-short",)
+                layouts=("diffusers", "kohya"),
+                architectures=("sdxl",),
+                components=("text_encoder_2",),
+                namings=("hf-short",),
             ),
             REFUSES,
             "wants `text_model.` in the names of the second text encoder",

@@ -48,6 +48,7 @@ PROGRAM = Program(
         ),
         Rule(When(roles=("mid",)), REFUSES, "has no Tucker core in a LoRA"),
         Rule(When(roles=("bias",)), REFUSES, "refuses a file with a bias (lora_B.bias, diff_b)"),
+        Rule(When(namings=("hf-short",)), IGNORES, "knows CLIP's names with `text_model.` only"),
         Rule(When(roles=("embedding_A",)), IGNORES, "adapts linear layers and convolutions only"),
         Rule(
             When(keys=r"\.lora_magnitude_vector$"),

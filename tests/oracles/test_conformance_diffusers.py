@@ -199,6 +199,30 @@ def test_the_second_encoder_without_its_prefix(tmp_path: Path) -> None:
     assert verdict(written(short, tmp_path / "x.safetensors"), "sdxl") == NOT
 
 
+def test_kohya_with_diffusers_block_names(tmp_path: Path) -> None:
+    """Old exports have `lora_unet_down_blocks_` for SDXL, too."""
+    source = kohya_file(tmp_path / "k.safetensors", "sdxl", share=0.05, seed=3, only=lambda stem: "unet" in stem)
+    table = architectures()["sdxl"]
+    flat = {
+        f"lora_unet_{name.replace('.', '_')}": f"lora_unet_{targets[0].module_path.replace('.', '_')}"
+        for name, targets in table.naming("unet", "ldm").items()
+    }
+    tensors = {
+        key.replace(key.partition(".")[0], flat[key.partition(".")[0]]): t for key, t in load_file(source).items()
+    }
+    assert verdict(written(tensors, tmp_path / "x.safetensors"), "sdxl") == FULLY
+
+
+@pytest.mark.parametrize("architecture", ["sd15", "sdxl"])
+def test_kohya_encoders_without_their_prefix(architecture: str, tmp_path: Path) -> None:
+    """Today's CLIP has no `text_model.`; SDXL's second encoder still has."""
+    source = kohya_file(tmp_path / "k.safetensors", architecture, share=0.1, seed=3, only=lambda s: "_layers_" in s)
+    short = {key.replace("text_model_", ""): tensor for key, tensor in load_file(source).items()}
+    assert verdict(written(short, tmp_path / "x.safetensors"), architecture) == (
+        FULLY if architecture == "sd15" else NOT
+    )
+
+
 def test_a_file_whose_first_key_is_spelled_otherwise(tmp_path: Path) -> None:
     def some(stem: str) -> bool:
         return stem.startswith("lora_unet_conv") or "down_blocks_0_attentions" in stem
