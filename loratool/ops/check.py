@@ -45,13 +45,15 @@ class Check:
 class Candidate:
     """A layout that an adapter can be converted to for a program, and how the program would load the result.
 
-    `approximated`: modules had to be rewritten as LoRA. `obstacle` says why the layout cannot be written; then there
+    `folded`: the scales have to be multiplied into the factors, `approximated`: modules to be rewritten as LoRA.
+    `obstacle` says why the layout cannot be written; then there
     is no `conformance`.
     """
 
     layout: str
-    approximated: bool
     conformance: Conformance | None
+    folded: bool = False
+    approximated: bool = False
     obstacle: str = ""
 
     @property
@@ -68,13 +70,17 @@ def check_file(path: str | os.PathLike[str], program: str, architecture: str | N
 def check(adapter: Adapter, program: Program) -> Check:
     """How `program` loads an adapter as it was read, and what makes it load fully.
 
-    Raises UnknownModel where nothing can be said, because names are flattened and belong to no known model.
+    Raises LoratoolError where all its modules are of kinds that have no plug-in, UnknownModel where nothing can be said
+    because names are flattened and belong to no known model.
     """
     if adapter.architecture.id == "unknown":
         raise UnknownModel(
             "the model is unknown and its names are flattened, so that nothing can be said of programs",
             hint="; ".join(adapter.notes) or "name the model with --architecture",
         ).with_file(adapter.path)
+    if adapter.unread_families and not adapter.modules:
+        kinds = ", ".join(f"{count} {family}" for family, count in sorted(adapter.unread_families.items()))
+        raise LoratoolError(f"holds no module that can be judged yet, only {kinds}", file=adapter.path)
     found = conform(adapter, program)
     return Check(found, None if found.fully else _remedy(found))
 
@@ -132,7 +138,9 @@ def _bake(found: Conformance) -> Remedy | None:
 
 
 def candidates(adapter: Adapter, program: Program) -> Iterator[Candidate]:
-    """What `adapter` can become for `program`: each layout as it is, then with modules rewritten as LoRA.
+    """What `adapter` can become for `program`.
+
+    Each layout as it is, then with scales in the factors (alpha = rank), then with modules rewritten as LoRA.
 
     Extras are left out. Nothing is read or computed: values do not matter to a program's rules.
     """
@@ -142,21 +150,26 @@ def candidates(adapter: Adapter, program: Program) -> Iterator[Candidate]:
     names = [n for n in program.layouts_for(adapter.architecture.id) if n in layouts() and n in known]
     usable = [layouts()[name] for name in names if layouts()[name].writable]
     empty = replace(adapter, modules=tuple(_valueless(m) for m in adapter.modules), extras={}, unread_families={})
-    yield from (_candidate(empty, program, layout, approximated=False) for layout in usable)
+    yield from (_candidate(empty, program, layout) for layout in usable)
+    if any(module.scale != 1.0 for module in empty.modules):
+        plain = replace(empty, modules=tuple(replace(module, alpha=None) for module in empty.modules))
+        yield from (_candidate(plain, program, layout, folded=True) for layout in usable)
     for layout in usable:
         modules = tuple(_pair(m) if layout.obstacle(m) else m for m in empty.modules)
         if modules != empty.modules:
             yield _candidate(replace(empty, modules=modules), program, layout, approximated=True)
 
 
-def _candidate(adapter: Adapter, program: Program, layout: Layout, approximated: bool) -> Candidate:
+def _candidate(
+    adapter: Adapter, program: Program, layout: Layout, *, folded: bool = False, approximated: bool = False
+) -> Candidate:
     try:
         spelled = spell(adapter, layout.id)
         again = layout.read(spelled.bundle, adapter.architecture)
     except LoratoolError as error:
         what = error.message if isinstance(error, NotRepresentable) else str(error)
-        return Candidate(layout.id, approximated, None, what)
-    return Candidate(layout.id, approximated, conform(again, program))
+        return Candidate(layout.id, None, folded, approximated, what)
+    return Candidate(layout.id, conform(again, program), folded, approximated)
 
 
 class _Any:

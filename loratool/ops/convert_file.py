@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from loratool.core.adapter import Adapter
 from loratool.core.architecture import Architecture
 from loratool.core.errors import LoratoolError, UsageError
-from loratool.core.layout import Layout
 from loratool.core.program import Program
 from loratool.core.registry import layouts
 from loratool.files.bundle import check_output
 from loratool.ops.approximate import Approximated, Wish, as_lora
+from loratool.ops.check import Candidate
 from loratool.ops.convert import Converted, convert
-from loratool.ops.convert_for import converted_for, layout_for
+from loratool.ops.convert_for import converted_for, way_for
 from loratool.ops.headers import with_history
 from loratool.ops.open import open_adapter
 from loratool.ops.save import Progress, Proof, save
@@ -73,32 +73,37 @@ def convert_file(
     `program` chooses the layout where `to` is None. Nothing is written unless it loads the result fully.
     """
     started = time.perf_counter()
-    layout = None if to is None else layouts()[to]
+    layout, fold = None if to is None else layouts()[to], False
     if layout is not None:
         check_output(output, [os.fspath(path)], layout.folder, overwrite)
     source = open_adapter(path, architecture=architecture)
     try:
         if layout is None:
-            layout = _layout_for(source, program, approximate, drop_extras)
+            way = _way_for(source, program, approximate, drop_extras)
+            layout, fold = layouts()[way.layout], way.folded
             check_output(output, [os.fspath(path)], layout.folder, overwrite)
         adapted, approximated = _approximated(source, layout.id, approximate)
         if program is None:
             converted = convert(adapted, layout.id, dtype=dtype, drop_extras=drop_extras)
         else:
             kept = replace(adapted, extras={}) if drop_extras else adapted
-            converted = converted_for(kept, layout.id, program, dtype=dtype, drop_extras=drop_extras)
+            converted = converted_for(kept, layout.id, program, fold=fold, dtype=dtype, drop_extras=drop_extras)
             converted = replace(converted, dropped=tuple(source.extras) if drop_extras else ())
         proof = save(converted, adapted, output, overwrite=overwrite, verify=verify, progress=progress)
     except LoratoolError as error:
         raise error.with_file(str(path)) from error.__cause__
     seconds = time.perf_counter() - started
-    return _report(source, converted, program, os.fspath(output), approximated, proof, seconds)
+    report = _report(source, converted, program, os.fspath(output), approximated, proof, seconds)
+    return replace(report, notes=(*report.notes, _FOLDED)) if fold else report
 
 
-def _layout_for(source: Adapter, program: Program | None, wish: Wish | None, drop_extras: bool) -> Layout:
+_FOLDED = "scales are multiplied into the factors: the program would apply another alpha to some modules"
+
+
+def _way_for(source: Adapter, program: Program | None, wish: Wish | None, drop_extras: bool) -> Candidate:
     if program is None:
         raise UsageError("neither a layout nor a program says what to convert to")
-    return layout_for(source, program, approximate=wish is not None, drop_extras=drop_extras)
+    return way_for(source, program, approximate=wish is not None, drop_extras=drop_extras)
 
 
 def _approximated(source: Adapter, to: str, wish: Wish | None) -> tuple[Adapter, tuple[Approximated, ...]]:

@@ -2,50 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from loratool.core.adapter import Adapter
 from loratool.core.errors import NotRepresentable, few
-from loratool.core.layout import Layout
 from loratool.core.program import Program
-from loratool.core.registry import layouts
 from loratool.ops import origin
 from loratool.ops.check import Candidate, candidates
 from loratool.ops.conformance import Conformance, conform
 from loratool.ops.convert import Converted, convert
+from loratool.ops.headers import with_history
+
+_EXTRAS = "{} tensors are no modules that {} could load ({})"
+_DROP = "leave them out with --drop-extras"
 
 
-def layout_for(adapter: Adapter, program: Program, *, approximate: bool = False, drop_extras: bool = False) -> Layout:
-    """The layout in which `program` loads `adapter` fully, told without converting it.
+def way_for(adapter: Adapter, program: Program, *, approximate: bool = False, drop_extras: bool = False) -> Candidate:
+    """The layout, and what to do before, in which `program` loads `adapter` fully; told without converting it.
 
     `approximate`: modules that the layout cannot express may be rewritten as LoRA. Raises NotRepresentable, with what
     would be lost in the layout that suits best, where there is none.
     """
     _check_extras(adapter, program, drop_extras)
     tried = [one for one in candidates(adapter, program) if approximate or not one.approximated]
+    if adapter.extras and not drop_extras:  # the program uses them where they are
+        tried = [one for one in tried if one.layout == adapter.layout]
     for candidate in tried:
         if candidate.fully:
-            return layouts()[candidate.layout]
+            return candidate
     more = [] if approximate else [one for one in candidates(adapter, program) if one.approximated and one.fully]
     hint = "rewrite modules with --approximate lora and --rank N or --energy E" if more else None
     raise NotRepresentable(_lost(tried, program, adapter), hint=hint)
 
 
+def folded(adapter: Adapter) -> Adapter:
+    """The adapter with every scale multiplied into the factors, each value rounded once.
+
+    Modules whose scale means nothing to their factors (an alpha that is ignored) stay as they are.
+    """
+    modules = []
+    for module in adapter.modules:
+        if module.scale not in (0.0, 1.0):
+            factors = module.family.scaled(module.factors, module.scale)
+            module = replace(module, factors=factors, alpha=None)
+        modules.append(module)
+    return replace(adapter, modules=tuple(modules))
+
+
 def check_loads(converted: Converted, program: Program) -> None:
-    """Raises NotRepresentable unless `program` loads what is about to be written fully."""
+    """Raises NotRepresentable unless `program` loads what is about to be written fully, and no tensor is in its header."""
     found = _judged(converted, program)
+    if converted.carried:
+        raise NotRepresentable(
+            _EXTRAS.format(len(converted.carried), program.title, few(converted.carried)), hint=_DROP
+        )
     if not found.fully:
         raise NotRepresentable(f"{program.title} would not load the {converted.layout.id} file fully: {_told(found)}")
 
 
-def converted_for(adapter: Adapter, to: str, program: Program, **options: object) -> Converted:
-    """`convert`, with the original of an earlier conversion in its place only where `program` loads that fully."""
-    converted = convert(adapter, to, **options)  # type: ignore[arg-type]
-    if converted.returned and not _judged(converted, program).fully:
-        metadata = {key: value for key, value in adapter.metadata.items() if key != origin.ENTRY}
-        converted = convert(replace(adapter, metadata=metadata), to, **options)  # type: ignore[arg-type]
+def converted_for(
+    adapter: Adapter,
+    to: str,
+    program: Program,
+    *,
+    fold: bool = False,
+    dtype: str | None = None,
+    drop_extras: bool = False,
+) -> Converted:
+    """`convert` to what `program` loads fully; NotRepresentable where it would not.
+
+    The original of an earlier conversion takes its place only where the program loads that fully. `fold` multiplies
+    scales into the factors; no way leads back from there.
+    """
+    if fold:
+        metadata = with_history(_without_ticket(adapter.metadata), {"op": "fold_alpha"})
+        converted = convert(replace(folded(adapter), metadata=metadata), to, dtype=dtype, drop_extras=drop_extras)
+        bundle = replace(converted.bundle, metadata=_without_ticket(converted.bundle.metadata))
+        converted = replace(converted, bundle=bundle)
+    else:
+        converted = convert(adapter, to, dtype=dtype, drop_extras=drop_extras)
+        if converted.returned and not _judged(converted, program).fully:
+            fresh = replace(adapter, metadata=_without_ticket(adapter.metadata))
+            converted = convert(fresh, to, dtype=dtype, drop_extras=drop_extras)
     check_loads(converted, program)
     return converted
+
+
+def _without_ticket(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in metadata.items() if key != origin.ENTRY}
 
 
 def _judged(converted: Converted, program: Program) -> Conformance:
@@ -56,10 +101,8 @@ def _check_extras(adapter: Adapter, program: Program, drop_extras: bool) -> None
     """Tensors of no module may only be left out when asked for, unless the program uses them where they are."""
     if drop_extras or not adapter.extras or conform(adapter, program).fully:
         return
-    raise NotRepresentable(
-        f"{len(adapter.extras)} tensors are no modules that {program.title} could load ({few(tuple(adapter.extras))})",
-        hint="leave them out with --drop-extras",
-    )
+    names = tuple(adapter.extras)
+    raise NotRepresentable(_EXTRAS.format(len(names), program.title, few(names)), hint=_DROP)
 
 
 def _lost(tried: list[Candidate], program: Program, adapter: Adapter) -> str:

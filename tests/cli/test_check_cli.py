@@ -17,6 +17,7 @@ from loratool.cli.main import app
 from loratool.core.adapter import Bundle
 from loratool.core.tensor import LazyTensor
 from loratool.files.bundle import read_bundle
+from loratool.ops.open import open_adapter
 from tests.builders import Part, Style, build, weights, write_file
 from tests.cli.test_info import HOSTILE, assert_fits, assert_inert, conforms
 
@@ -273,6 +274,13 @@ def test_vllm(tmp_path: Path) -> None:
     data = json.loads(run("check", mixed, "--for", "vllm", "--json", "--keys").stdout)
     assert data["verdict"] == "loads but differently"
     assert [module["strength"] for module in data["module_list"]] == [4.0, 1.0, 1.0, 1.0]
+    assert "--for vllm" in data["remedy"]["command"] and data["remedy"]["exact"]
+    result = run("convert", mixed, "--for", "vllm", "-o", tmp_path / "fixed")
+    assert result.exit_code == 0 and "multiplied into the factors" in flat(result.stdout)
+    assert "4 updates read back" in flat(result.stdout)
+    assert run("check", tmp_path / "fixed", "--for", "vllm").exit_code == 0
+    for before, after in zip(open_adapter(mixed).modules, open_adapter(tmp_path / "fixed").modules, strict=True):
+        torch.testing.assert_close(after.delta(), before.delta(), rtol=1e-6, atol=1e-6)
     rs = language_model(tmp_path / "e", use_rslora=True)
     assert run("check", rs, "--for", "vllm").exit_code == 0
     assert run("check", rs, "--for", "peft").exit_code == 0
