@@ -12,7 +12,19 @@ import typer.main
 
 from loratool.cli._process import run
 
-COMMANDS = ("info", "convert", "blocks", "resize", "merge", "bake", "unbake", "extract", "replay", "bases")
+COMMANDS = (
+    "info",
+    "check",
+    "convert",
+    "blocks",
+    "resize",
+    "merge",
+    "bake",
+    "unbake",
+    "extract",
+    "replay",
+    "bases",
+)
 """Each is a function of that name in a module of that name, in the order of the help."""
 
 

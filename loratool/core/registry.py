@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from loratool.core.family import Family
     from loratool.core.layout import Layout
     from loratool.core.method import Method
+    from loratool.core.program import Program
 
 
 def _discover(folder: str, attribute: str) -> dict[str, Any]:
@@ -57,3 +58,9 @@ def families() -> Mapping[str, Family]:
 def methods() -> Mapping[str, Method]:
     """Every known way to merge by id. Imports torch."""
     return _discover("merging", "METHOD")
+
+
+@cache
+def programs() -> Mapping[str, Program]:
+    """Every program that files can be checked for, by id."""
+    return _discover("programs", "PROGRAM")
