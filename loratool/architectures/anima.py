@@ -79,7 +79,7 @@ ARCHITECTURE = Architecture(
         "peft": {
             "transformer": Voice("base_model.model.", "diffusers"),
             CONDITIONER: Voice("base_model.model.", "native"),
-            "text_encoder": Voice("base_model.model.", "hf"),
+            # Not the encoder: a folder of PEFT for it is one of a language model, and nothing tells which.
         },
     },
     reads={
@@ -102,7 +102,6 @@ ARCHITECTURE = Architecture(
                 Voice("base_model.model.transformer.", "diffusers"),
             ),
             CONDITIONER: (Voice("base_model.model.llm_adapter.", "native"),),
-            "text_encoder": (Voice("base_model.model.model.", "hf"),),
         },
     },
     checkpoints=(

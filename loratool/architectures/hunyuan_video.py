@@ -55,7 +55,7 @@ ARCHITECTURE = Architecture(
         },
         "peft": {
             "transformer": Voice("base_model.model.", "diffusers"),
-            "text_encoder": Voice("base_model.model.", "hf"),
+            # Not the first encoder: a folder of PEFT for it is one of a language model, and nothing tells which.
             "text_encoder_2": Voice("base_model.model.", "hf-short"),
         },
     },

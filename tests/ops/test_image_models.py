@@ -151,3 +151,16 @@ def test_sizes_that_differ_are_not_merged(tmp_path: Path) -> None:
     large = lora(tmp_path / "large.safetensors", stem, (14592, 2432), 2)
     with pytest.raises(FormatError, match=r"Stable Diffusion 3.5 Large, .* Stable Diffusion 3 Medium"):
         merge_files([medium, large], tmp_path / "out.safetensors", CONCAT, architecture="sd3")
+
+
+@pytest.mark.parametrize("wrapper", ["", "model.", "model.model."])
+def test_a_language_model_is_no_encoder_of_an_image_model(wrapper: str) -> None:
+    """Tables with Llama or Qwen as an encoder must not take the PEFT files of these models."""
+    tensors: dict[str, LazyTensor] = {}
+    for layer in range(32):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            stem = f"base_model.model.{wrapper}layers.{layer}.self_attn.{name}"
+            tensors[f"{stem}.lora_A.weight"] = LazyTensor((8, 4096), "BF16", Held(b""))
+            tensors[f"{stem}.lora_B.weight"] = LazyTensor((4096, 8), "BF16", Held(b""))
+    found = detect(Bundle(tensors))
+    assert found is not None and (found.best.architecture.id, found.tie) == ("generic", ())
