@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from loratool.architectures._clip import clip_l_namings
 from loratool.architectures._t5 import T5_XXL, t5_namings
+from loratool.architectures._vae import VAE_16, vae_namings
 from loratool.core.architecture import Architecture, Checkpoint, Voice
 from loratool.core.blocks import Blocks, Span, numbered
 from loratool.core.naming import Naming
@@ -149,6 +150,10 @@ def _text_encoder_2() -> dict[str, Naming]:
     return t5_namings(T5_XXL, "text_encoder_2")
 
 
+def _vae() -> dict[str, Naming]:
+    return vae_namings(VAE_16)
+
+
 _NUMBERED_BLOCKS = (*numbered("D", 0, 18), *numbered("S", 0, 37))
 _EVERY_BLOCK = ("CLIP", "T5", "IN", *_NUMBERED_BLOCKS, "OUT")
 
@@ -241,10 +246,12 @@ ARCHITECTURE = Architecture(
                 "text_encoder": Voice("text_encoders.clip_l.transformer.", "hf"),
                 "text_encoder_2": Voice("text_encoders.t5xxl.transformer.", "hf"),
             },
+            {"vae": Voice("vae.", "ldm")},
         ),
         Checkpoint(
             "diffusers",
             {"transformer": Voice("", "diffusers"), "text_encoder": Voice("", "hf"), "text_encoder_2": Voice("", "hf")},
+            {"vae": Voice("", "diffusers")},
         ),
         # What transformers >= 5.6 saves.
         Checkpoint(
@@ -254,8 +261,10 @@ ARCHITECTURE = Architecture(
                 "text_encoder": Voice("", "hf-short"),
                 "text_encoder_2": Voice("", "hf"),
             },
+            {"vae": Voice("", "diffusers")},
         ),
     ),
+    beside={"vae": _vae},
     facts={"ss_base_model_version": "flux1", "modelspec.architecture": "flux-1-dev/lora"},
     blocks=BLOCKS,
 )
