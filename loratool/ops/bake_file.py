@@ -16,7 +16,7 @@ from loratool.core.architecture import Architecture
 from loratool.core.errors import UsageError
 from loratool.files.atomic import check_room
 from loratool.files.bundle import check_output
-from loratool.files.checkpoint import WeightFile, read_checkpoint
+from loratool.files.checkpoint import WeightFile
 from loratool.files.stream import Output
 from loratool.ops import recipe
 from loratool.ops.bake_copy import Copier
@@ -26,7 +26,6 @@ from loratool.ops.bake_report import BakeReport, bake_report
 from loratool.ops.bake_task import FileTask, Options, Task, planned_size, prepared, record, with_record
 from loratool.ops.bake_write import Progress, Ticker, scratch_places, size_of, temporary_places
 from loratool.ops.inputs import Asked
-from loratool.ops.respell import spelling_asked
 
 if TYPE_CHECKING:
     from loratool.ops.bake_check import Checked
@@ -60,8 +59,8 @@ def bake_file(
     for one in asked:
         if not math.isfinite(one.weight):
             raise UsageError(f"its strength is {one.weight}, expected a finite number", file=one.path)
-    if output is not None:
-        check_output(output, paths, _makes_folder(base, options), options.overwrite)
+    if output is not None and options.format is None:
+        check_output(output, paths, os.path.isdir(base), options.overwrite)
     if undo is not None:
         if options.dtype is not None:
             raise UsageError("--undo cannot undo --dtype: a cast loses bits", hint="keep the base")
@@ -70,6 +69,8 @@ def bake_file(
         check_output(undo, [*paths, *([os.fspath(output)] if output is not None else [])], False, options.overwrite)
     hashes = recipe.hashing([one.path for one in asked])
     task = prepared(base, asked, options, architecture)
+    if output is not None and options.format is not None:  # only now is known whether it is a folder
+        check_output(output, paths, os.path.isdir(base) and task.target is None, options.overwrite)
     if output is None:
         report = bake_report(task, asked, hashes(), options, None)
         return replace(report, size=planned_size(task), seconds=time.perf_counter() - started)
@@ -77,13 +78,6 @@ def bake_file(
     check_room(Path(output).parent, also + sum(file.plan.nbytes for file in task.files))
     report = _Bake(task, asked, options, Path(output), undo, recorder, hashes, progress).run()
     return replace(report, size=size_of(Path(output)), seconds=time.perf_counter() - started)
-
-
-def _makes_folder(base: str | os.PathLike[str], options: Options) -> bool:
-    """Whether the output is a folder: as the base is one, unless it is spelled anew."""
-    if not os.path.isdir(base) or options.format is None:
-        return os.path.isdir(base)
-    return spelling_asked(read_checkpoint(base), options.format) is None
 
 
 @dataclass(frozen=True, eq=False)

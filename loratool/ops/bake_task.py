@@ -92,11 +92,12 @@ def prepared(
     """Opens everything and plans the bake; reads headers only. Raises what `bake_file` raises before it writes."""
     checkpoint = read_checkpoint(base)
     known = known_model(checkpoint)
-    target = None if options.format is None else spelling_asked(checkpoint, options.format)
+    inputs = tuple(weighed(one, _opened(one.path, known, checkpoint, architecture)) for one in asked)
+    model = known or _model(checkpoint, inputs)
+    target = None if options.format is None else spelling_asked(checkpoint, model, options.format)
     chosen: tuple[str, ...] = ()
     if target is not None:
         checkpoint, chosen = one_copy(checkpoint)
-    inputs = tuple(weighed(one, _opened(one.path, known, checkpoint, architecture)) for one in asked)
     found = find_sites(checkpoint, inputs, options.dtype)
     if found.unmatched and not options.allow_unmatched:
         raise _unmatched(found.unmatched, checkpoint.path)
@@ -109,8 +110,8 @@ def prepared(
             hint="name a checkpoint of the adapter's model" if not found.silent else "every strength is 0",
         )
     files = tuple(_files(checkpoint, found.sites, alone=target is not None))
-    model, notes = known or _model(checkpoint, inputs), tuple(_notes(checkpoint, found.sites))
     if target is None:
+        notes = tuple(_notes(checkpoint, found.sites))
         same = (f"it is spelled as {options.format} already",) if options.format is not None else ()
         return Task(checkpoint, model, inputs, found, files, (*notes, *same))
     made = {(one.file, one.key): LazyTensor.computed(one.tensor.shape, one.dtype, _unknown) for one in found.sites}

@@ -17,7 +17,6 @@ from loratool.core.registry import architectures
 from loratool.core.target import Target
 from loratool.core.tensor import LazyTensor, concatenated
 from loratool.files.checkpoint import CheckpointFiles, WeightSet
-from loratool.ops.base import known_model
 
 Tensors = Mapping[str, LazyTensor]
 
@@ -50,14 +49,13 @@ class Respelled:
 # -- what is asked for ------------------------------------------------------------------------------------------------
 
 
-def spelling_asked(checkpoint: CheckpointFiles, name: str) -> Checkpoint | None:
-    """The kind of checkpoint that `name` means for the model in `checkpoint`; None if it is of that kind already.
+def spelling_asked(checkpoint: CheckpointFiles, model: Architecture, name: str) -> Checkpoint | None:
+    """The kind of checkpoint that `name` means for the `model` in `checkpoint`; None if it is of that kind already.
 
     Raises FormatError for a model without a table, and for what cannot be made of it, UsageError for a name that is
     none of the model's.
     """
-    model = known_model(checkpoint)
-    if model is None:
+    if model.open or model.id == "generic":
         known = ", ".join(one.title for one in architectures().values() if not one.open)
         raise FormatError(
             "is of no model whose other spellings are known", file=checkpoint.path, hint=f"--format is for {known}"
