@@ -35,7 +35,7 @@ def write_respelled(
             progress("writing", done, total)
 
     write_safetensors(file, new.tensors, with_record(task.metadata, told), progress=tell)
-    return _compared(new.tensors, file, progress) if verify else 0
+    return _compared(new.tensors, file, task.checkpoint.path, progress) if verify else 0
 
 
 def _made(task: Task, baked: Mapping[WeightFile, Path]) -> Respelled:
@@ -47,12 +47,15 @@ def _made(task: Task, baked: Mapping[WeightFile, Path]) -> Respelled:
     return respelled(task.checkpoint.path, parts_with(task.checkpoint, made), task.model, task.target)
 
 
-def _compared(tensors: Mapping[str, LazyTensor], file: Path, progress: Progress | None) -> int:
+def _compared(tensors: Mapping[str, LazyTensor], file: Path, base: str, progress: Progress | None) -> int:
     written = read_header(file).tensors
     for number, (key, tensor) in enumerate(tensors.items(), 1):
         if not same_bytes(tensor, written[key]):
             raise FormatError(
-                "is not the same in what was written", key=key, hint="the disk may be bad: nothing was kept"
+                "is not the same in what was written",
+                file=base,
+                key=key,
+                hint="the disk may be bad: nothing was kept",
             )
         if progress is not None:
             progress("verifying", number, len(tensors))
