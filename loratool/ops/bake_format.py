@@ -11,7 +11,7 @@ from loratool.core.tensor import LazyTensor, same_bytes
 from loratool.files.checkpoint import WeightFile
 from loratool.files.safetensors import read_header, write_safetensors
 from loratool.ops.bake_task import Task, parts_with, with_record
-from loratool.ops.bake_write import Progress
+from loratool.ops.bake_write import Progress, Ticker
 from loratool.ops.respell import Respelled, respelled
 
 
@@ -32,7 +32,7 @@ def write_respelled(
 
     def tell(done: int, total: int) -> None:
         if progress is not None:
-            progress("writing", done, total)
+            progress("respelling", done, total)
 
     write_safetensors(file, new.tensors, with_record(task.metadata, told), progress=tell)
     return _compared(new.tensors, file, task.checkpoint.path, progress) if verify else 0
@@ -49,7 +49,8 @@ def _made(task: Task, baked: Mapping[WeightFile, Path]) -> Respelled:
 
 def _compared(tensors: Mapping[str, LazyTensor], file: Path, base: str, progress: Progress | None) -> int:
     written = read_header(file).tensors
-    for number, (key, tensor) in enumerate(tensors.items(), 1):
+    tick = Ticker(progress, "comparing", sum(tensor.nbytes for tensor in tensors.values()))
+    for key, tensor in tensors.items():
         if not same_bytes(tensor, written[key]):
             raise FormatError(
                 "is not the same in what was written",
@@ -57,6 +58,5 @@ def _compared(tensors: Mapping[str, LazyTensor], file: Path, base: str, progress
                 key=key,
                 hint="the disk may be bad: nothing was kept",
             )
-        if progress is not None:
-            progress("verifying", number, len(tensors))
+        tick(tensor.nbytes)
     return sum(tensor.nbytes for tensor in tensors.values())

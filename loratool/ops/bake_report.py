@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
+from loratool.core.tensor import DTYPES
 from loratool.ops.bake_task import Options, Task
 from loratool.ops.inputs import Asked
 from loratool.ops.pool import threads
+from loratool.ops.respell import title_of
 from loratool.ops.sites import Site, Unmatched
 
 if TYPE_CHECKING:
@@ -154,7 +157,14 @@ def _untouched(task: Task) -> int:
     """Bytes of the files that are written which are the base's."""
     if task.planned is None:
         return sum(what.nbytes for one in task.files for what in one.copies)
-    return sum(one.nbytes for one in task.planned.tensors.values()) - sum(one.plan.nbytes for one in task.files)
+    left_out = set(task.planned.left_out)
+    baked = (
+        prod(shape) * DTYPES[dtype] // 8
+        for one in task.files
+        for key, (dtype, shape, _) in one.plan.entries.items()
+        if title_of(one.file.name.rpartition("/")[0], key) not in left_out
+    )
+    return sum(one.nbytes for one in task.planned.tensors.values()) - sum(baked)
 
 
 def _components(sites: Sequence[Site], survivals: Sequence[Survival] | None) -> Iterator[Component]:

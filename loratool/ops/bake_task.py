@@ -95,9 +95,9 @@ def prepared(
     inputs = tuple(weighed(one, _opened(one.path, known, checkpoint, architecture)) for one in asked)
     model = known or _model(checkpoint, inputs)
     target = None if options.format is None else spelling_asked(checkpoint, model, options.format)
-    chosen: tuple[str, ...] = ()
+    copies_told: tuple[str, ...] = ()
     if target is not None:
-        checkpoint, chosen = one_copy(checkpoint)
+        checkpoint, copies_told = one_copy(checkpoint)
     found = find_sites(checkpoint, inputs, options.dtype)
     if found.unmatched and not options.allow_unmatched:
         raise _unmatched(found.unmatched, checkpoint.path)
@@ -116,7 +116,7 @@ def prepared(
         return Task(checkpoint, model, inputs, found, files, (*notes, *same))
     made = {(one.file, one.key): LazyTensor.computed(one.tensor.shape, one.dtype, _unknown) for one in found.sites}
     planned = respelled(checkpoint.path, parts_with(checkpoint, made), model, target)
-    told = tuple(_told(target, planned, chosen, found.sites))
+    told = (*copies_told, *_told(target, planned, found.sites))
     return Task(checkpoint, model, inputs, found, files, told, target, planned)
 
 
@@ -145,10 +145,8 @@ def _only(plan: Plan, names: Collection[str]) -> Plan:
     return Plan(entries, position)
 
 
-def _told(target: Checkpoint, planned: Respelled, chosen: Sequence[str], sites: Sequence[Site]) -> Iterator[str]:
+def _told(target: Checkpoint, planned: Respelled, sites: Sequence[Site]) -> Iterator[str]:
     """What a user should know about an output that is spelled anew."""
-    if chosen:
-        yield f"of several copies of the weights these were taken: {few(chosen)}"
     if planned.left_out:
         yield f"left out, as {target.id} has no place for them: {few(planned.left_out)}"
     stale = {name for site in sites for name in site.file.header.metadata if name in STALE}

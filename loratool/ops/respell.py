@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NoReturn
 
 from loratool.core.architecture import Architecture, Checkpoint, Voice
@@ -16,7 +17,7 @@ from loratool.core.naming import Home, Naming
 from loratool.core.registry import architectures
 from loratool.core.target import Target
 from loratool.core.tensor import LazyTensor, concatenated
-from loratool.files.checkpoint import CheckpointFiles, WeightSet
+from loratool.files.checkpoint import PIPELINE, CheckpointFiles, WeightSet, read_index
 
 Tensors = Mapping[str, LazyTensor]
 
@@ -83,14 +84,21 @@ def spelling_asked(checkpoint: CheckpointFiles, model: Architecture, name: str) 
 
 
 def one_copy(checkpoint: CheckpointFiles) -> tuple[CheckpointFiles, tuple[str, ...]]:
-    """The checkpoint with one copy of the weights in every sub-folder, and which files were chosen where there were
-    several (fp16 beside fp32): those without a variant in their names.
+    """The checkpoint with one copy of the weights in every sub-folder that is part of a model, and what is left out.
 
-    Raises FormatError where that leaves none or several.
+    `model_index.json` says which those are, if there is one. Of several copies (fp16 beside fp32) it is the one without
+    a variant in its name. Raises FormatError where that leaves none or several.
     """
+    named = _named(checkpoint)
     sets: list[WeightSet] = []
-    chosen: list[str] = []
+    told: list[str] = []
     for folder in dict.fromkeys(one.folder for one in checkpoint.sets):
+        if folder in _OUTSIDE:
+            told.append(f"left out: {folder}, which is no part of such a file")
+            continue
+        if folder and named and folder not in named:
+            told.append(f"left out: {folder}, which {PIPELINE} does not name")
+            continue
         copies = [one for one in checkpoint.sets if one.folder == folder]
         plain = [one for one in copies if not _is_variant(one)] if len(copies) > 1 else copies
         if len(plain) != 1:
@@ -101,8 +109,19 @@ def one_copy(checkpoint: CheckpointFiles) -> tuple[CheckpointFiles, tuple[str, .
                 hint="name a folder with one of them",
             )
         sets += plain
-        chosen += [plain[0].files[0].name] if len(copies) > 1 else []
-    return replace(checkpoint, sets=tuple(sets)), tuple(chosen)
+        if len(copies) > 1:
+            told.append(
+                f"of {len(copies)} copies of the weights of {folder or 'the model'} {plain[0].files[0].name} is taken"
+            )
+    return replace(checkpoint, sets=tuple(sets)), tuple(told)
+
+
+def _named(checkpoint: CheckpointFiles) -> frozenset[str]:
+    """The components that the index of a pipeline names; empty without one."""
+    index = Path(checkpoint.path, PIPELINE)
+    if not checkpoint.folder or not index.is_file():
+        return frozenset()
+    return frozenset(key for key in read_index(index) if not key.startswith("_"))
 
 
 def _is_variant(one: WeightSet) -> bool:
@@ -237,11 +256,8 @@ class _Respelling:
         lost: list[str] = []
         for folder, tensors in parts.items():
             over = [key for key in tensors if key not in self._moved.get(folder, ())]
-            if folder in _OUTSIDE:
-                self.left_out.append(f"{folder} ({len(over)} tensors)")
-                continue
             for key in over:
-                title = f"{folder}/{key}" if folder else key
+                title = title_of(folder, key)
                 place = self._place(_owner(folder, key, spoken), key)
                 if place is not None:
                     self._put(place, tensors[key], key)
@@ -334,6 +350,11 @@ def _owner(folder: str, key: str, spoken: Sequence[_Part]) -> _Part | None:
     """The component that a key belongs to: that of its sub-folder, or of the longest prefix."""
     fitting = [one for one in spoken if one.folder == folder and key.startswith(one.voice.prefix)]
     return max(fitting, key=lambda one: len(one.voice.prefix), default=None)
+
+
+def title_of(folder: str, key: str) -> str:
+    """A tensor of a sub-folder, for people."""
+    return f"{folder}/{key}" if folder else key
 
 
 def _key(tensor_key: str, kind: str) -> str | None:
