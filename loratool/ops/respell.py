@@ -35,6 +35,9 @@ _BUFFERS = re.compile(
 _CARRIED = re.compile(r".*(position_ids|logit_scale|text_projection\.weight|encoder\.embed_tokens\.weight)")
 """What text encoders hold beside the weights of the table, in the names of transformers."""
 
+_NUMBERED = re.compile(r"(.*?[._])(\d+)(?:\.|$)")
+"""The first number in a name, and what it is a number of."""
+
 _OUTSIDE = ("safety_checker",)
 """Components of a folder that are no part of the model: files never hold them."""
 
@@ -223,33 +226,44 @@ class _Respelling:
         """Every weight of the table, and what stands beside it under its name: a bias, the scales of fp8."""
         voice = self._voice_for(part)
         old, new = (self.model.naming(part.component, one.naming) for one in (part.voice, voice))
+        moved = self._moved.setdefault(part.folder, set())
+        named: dict[str, str] = {}
         for kind in (*_KINDS, *_SCALES):
             pieces = self._pieces(part, old, kind)
             landed = 0
             for name, targets in new.items():
-                found = [pieces.get(target) for target in targets]
-                there = [piece for piece in found if piece is not None]
-                if not there:
-                    continue
-                if len(there) != len(found):
-                    lacking = next(target for target in targets if target not in pieces)
-                    self._refuse(there[0].key, f"belongs to {name} with {lacking.path}, which is not there")
-                home = new.home(targets[0])
-                key = _key(home.tensor_key, kind)
-                if key is None:
-                    self._refuse(there[0].key, f"has no name in {self.target.id}: {name} has no {kind} there")
-                whole = old[there[0].name] == targets
-                if not whole and kind in _SCALES:
-                    self._refuse(there[0].key, f"is a scale of fp8, and {name} is made of other rows")
-                tensor = there[0].whole if whole else self._joined(there, name)
-                if kind == _WEIGHT:
-                    tensor = self._turned(tensor, there[0].key, old.home(targets[0]), home, targets)
-                self._put(voice.prefix + key, tensor, there[0].key)
-                landed += len(there)
+                found = [pieces[target] for target in targets if target in pieces]
+                if found:
+                    self._land(kind, name, old, new, voice.prefix, pieces)
+                    named.setdefault(name, found[0].key)
+                landed += len(found)
             if landed != len(pieces):
                 lost = next(piece for target, piece in pieces.items() if target not in new.targets)
                 self._refuse(lost.key, f"has no name in {self.target.id}")
-            self._moved.setdefault(part.folder, set()).update(piece.key for piece in pieces.values())
+            moved.update(piece.key for piece in pieces.values())
+        if old is not new:
+            self._check_numbers(new, named)
+
+    def _land(
+        self, kind: str, name: str, old: Naming, new: Naming, prefix: str, pieces: Mapping[Target, _Piece]
+    ) -> None:
+        """Puts what is there of a name's targets under its new key."""
+        targets = new[name]
+        found = [pieces[target] for target in targets if target in pieces]
+        source, home = found[0].key, new.home(targets[0])
+        if len(found) != len(targets):
+            lacking = next(target for target in targets if target not in pieces)
+            self._refuse(source, f"belongs to {name} with {lacking.path}, which is not there")
+        key = _key(home.tensor_key, kind)
+        if key is None:
+            self._refuse(source, f"has no name in {self.target.id}: {name} has no {kind} there")
+        whole = old[found[0].name] == targets
+        if not whole and kind in _SCALES:
+            self._refuse(source, f"is a scale of fp8, and {name} is made of other rows")
+        tensor = found[0].whole if whole else self._joined(found, name)
+        if kind == _WEIGHT:
+            tensor = self._turned(tensor, source, old.home(targets[0]), home, targets)
+        self._put(prefix + key, tensor, source)
 
     def rest(self, parts: Mapping[str, Tensors], spoken: Sequence[_Part]) -> None:
         """What no table names: it goes where it is called the same, is left out if it is a constant, or is refused."""
@@ -320,6 +334,23 @@ class _Respelling:
             return concatenated([piece.tensor for piece in pieces])
         except ValueError as error:
             self._refuse(pieces[0].key, f"cannot be put into {name} with the others: {error}")
+
+    def _check_numbers(self, new: Naming, named: Mapping[str, str]) -> None:
+        """Raises FormatError where blocks have numbers that the model's own do not lead up to: programs number them
+        differently (through all levels, or backwards), and those of a smaller relative otherwise than the table."""
+        known: dict[str, set[int]] = {}
+        there: dict[str, dict[int, str]] = {}
+        for name in new:
+            if found := _NUMBERED.match(name):
+                known.setdefault(found[1], set()).add(int(found[2]))
+                if name in named:
+                    there.setdefault(found[1], {}).setdefault(int(found[2]), named[name])
+        for block, numbers in there.items():
+            last = max(numbers)
+            lacking = next((n for n in sorted(known[block]) if n < last and n not in numbers), None)
+            if lacking is not None:
+                missing = f"there is no {block}{lacking}: not the blocks of {self.model.title}"
+                self._refuse(numbers[last], f"would be {block}{last} in {self.target.id}, but {missing}")
 
     def _check(self, tensor: LazyTensor, key: str, home: Home, targets: Sequence[Target]) -> None:
         """Raises FormatError for a weight with other dimensions: that of a relative with the same names."""

@@ -18,7 +18,8 @@ SHAPES = {Q: (48, 32), TEXT: (16, 16)}
 def base(tmp_path: Path) -> Path:
     for stem, shape in SHAPES.items():
         folder, key = DIFFUSERS[stem]
-        save(tmp_path / "model" / folder / "model.safetensors", {key: noise(*shape)})
+        rest = {"conv_in.bias": noise(32)} if folder == "unet" else {}
+        save(tmp_path / "model" / folder / "model.safetensors", {key: noise(*shape), **rest})
     save(tmp_path / "model" / "safety_checker" / "model.safetensors", {"weight": noise(3)})
     (tmp_path / "model" / "model_index.json").write_text("{}", encoding="utf-8")
     return tmp_path / "model"
@@ -37,8 +38,9 @@ def test_the_report_says_the_spelling(tmp_path: Path, base: Path, lora: Path, mo
     assert_fits(result.stdout)
     assert "format spelled as ldm" in text
     assert "note left out: safety_checker, which is no part of such a file" in text
-    assert "7.0 KiB compared, all the same" in text
-    assert set(read_header(out).tensors) == {KEYS[stem] for stem in SHAPES}
+    assert "7.1 KiB compared, all the same" in text
+    conv = "model.diffusion_model.input_blocks.0.0.bias"
+    assert set(read_header(out).tensors) == {KEYS[stem] for stem in SHAPES} | {conv}
 
 
 def test_json_and_a_dry_run(tmp_path: Path, base: Path, lora: Path) -> None:

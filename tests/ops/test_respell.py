@@ -217,10 +217,22 @@ def test_scales_of_fp8_go_with_whole_weights_only() -> None:
 
 def test_a_relative_with_the_same_names_is_refused() -> None:
     """Stable Diffusion 2 has the names of 1, but its text encoder is spelled in another way in files."""
-    unet = {"down_blocks.0.attentions.0.proj_in.weight": noise(4, 4, 1, 1)}
+    unet = {"conv_in.weight": noise(4, 4, 3, 3), "down_blocks.0.attentions.0.proj_in.weight": noise(4, 4, 1, 1)}
     spelled("sd15", {"unet": unet}, "ldm")
-    unet = {key: one.flatten(1) for key, one in unet.items()}
+    unet["down_blocks.0.attentions.0.proj_in.weight"] = noise(4, 4)
     refused("sd15", {"unet": unet}, "ldm", r"is \[4, 4\], expected 4 dimensions as in Stable Diffusion 1.x")
+
+
+def test_a_relative_with_fewer_blocks_is_refused() -> None:
+    """ldm counts blocks through all levels, and those of the decoder backwards: other numbers, had it fewer."""
+    small = {key: noise(4, 4, 3, 3) for key in ("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight")}
+    spelled("sd15", {"unet": small}, "ldm")
+    small["down_blocks.0.downsamplers.0.conv.weight"] = noise(4, 4, 3, 3)
+    refused("sd15", {"unet": small}, "ldm", r"would be input_blocks.3 in ldm, but there is no input_blocks.2")
+    vae = {f"decoder.up_blocks.{level}.resnets.0.conv1.weight": noise(4, 4, 3, 3) for level in range(3)}
+    refused("sd15", {"vae": vae}, "ldm", r"would be decoder.up.3 in ldm, but there is no decoder.up.0")
+    vae["decoder.up_blocks.3.resnets.0.conv1.weight"] = noise(4, 4, 3, 3)
+    spelled("sd15", {"vae": vae}, "ldm")
 
 
 def test_two_tensors_of_one_new_name() -> None:
