@@ -93,9 +93,10 @@ def prepared(
     checkpoint = read_checkpoint(base)
     known = known_model(checkpoint)
     inputs = tuple(weighed(one, _opened(one.path, known, checkpoint, architecture)) for one in asked)
-    model = known or _model(checkpoint, inputs)
-    target = None if options.format is None else spelling_asked(checkpoint, model, options.format)
+    target = None
     copies_told: tuple[str, ...] = ()
+    if options.format is not None:
+        target = spelling_asked(checkpoint, known or _model(checkpoint, inputs), options.format)
     if target is not None:
         checkpoint, copies_told = one_copy(checkpoint)
     found = find_sites(checkpoint, inputs, options.dtype)
@@ -109,6 +110,7 @@ def prepared(
             file=checkpoint.path,
             hint="name a checkpoint of the adapter's model" if not found.silent else "every strength is 0",
         )
+    model = known or _model(checkpoint, inputs)
     files = tuple(_files(checkpoint, found.sites, alone=target is not None))
     if target is None:
         notes = tuple(_notes(checkpoint, found.sites))

@@ -150,7 +150,7 @@ def respelled(path: str, parts: Mapping[str, Tensors], model: Architecture, targ
         raise FormatError(
             f"{target.id} is a spelling for {', '.join(target.voices)} alone: it has no place for {', '.join(absent)}",
             file=path,
-            hint=f"name {path}/{main} as --base" if "" not in parts else "choose another --format",
+            hint=f"name {path}/{main} as --base" if main in parts else "choose another --format",
         )
     for part in spoken:
         work.move(part)
