@@ -8,6 +8,7 @@ from functools import partial
 from loratool.architectures._clip import clip_l_namings
 from loratool.architectures._flux import COMPONENT, FluxTransformer, transformer_namings
 from loratool.architectures._t5 import T5_XXL, t5_namings
+from loratool.architectures._vae import VAE_16, vae_namings
 from loratool.core.architecture import Architecture, Checkpoint, Namings, Variant, Voice
 from loratool.core.blocks import Blocks, Span, numbered
 from loratool.core.naming import Naming
@@ -19,6 +20,10 @@ def _transformer(spec: FluxTransformer) -> Callable[[], Namings]:
 
 def _text_encoder_2() -> dict[str, Naming]:
     return t5_namings(T5_XXL, "text_encoder_2")
+
+
+def _vae() -> dict[str, Naming]:
+    return vae_namings(VAE_16)
 
 
 _NUMBERED_BLOCKS = (*numbered("D", 0, 18), *numbered("S", 0, 37))
@@ -121,10 +126,12 @@ ARCHITECTURE = Architecture(
                 "text_encoder": Voice("text_encoders.clip_l.transformer.", "hf"),
                 "text_encoder_2": Voice("text_encoders.t5xxl.transformer.", "hf"),
             },
+            {"vae": Voice("vae.", "ldm")},
         ),
         Checkpoint(
             "diffusers",
             {"transformer": Voice("", "diffusers"), "text_encoder": Voice("", "hf"), "text_encoder_2": Voice("", "hf")},
+            {"vae": Voice("", "diffusers")},
         ),
         # What transformers >= 5.6 saves.
         Checkpoint(
@@ -134,6 +141,7 @@ ARCHITECTURE = Architecture(
                 "text_encoder": Voice("", "hf-short"),
                 "text_encoder_2": Voice("", "hf"),
             },
+            {"vae": Voice("", "diffusers")},
         ),
     ),
     facts={
@@ -142,6 +150,7 @@ ARCHITECTURE = Architecture(
         "modelspec.architecture": "flux-1-dev/lora",
     },
     outlines={"transformer": _transformer(FluxTransformer(double=1, single=1))},
+    beside={"vae": _vae},
     blocks=BLOCKS,
     variants=(
         Variant(

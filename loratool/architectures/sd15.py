@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from loratool.architectures._clip import clip_l_namings
 from loratool.architectures._unet import ATTENTION_BLOCKS, EVERY_BLOCK, UNet, unet_blocks, unet_namings
+from loratool.architectures._vae import VAE_4, vae_namings
 from loratool.core.architecture import Architecture, Checkpoint, Voice
 from loratool.core.naming import Naming
 
@@ -12,6 +13,10 @@ UNET = UNet(widths=(320, 640, 1280, 1280), depths=(1, 1, 1, 0), mid_depth=1, con
 
 def _unet() -> dict[str, Naming]:
     return unet_namings(UNET)
+
+
+def _vae() -> dict[str, Naming]:
+    return vae_namings(VAE_4)
 
 
 ARCHITECTURE = Architecture(
@@ -70,16 +75,26 @@ ARCHITECTURE = Architecture(
                 "unet": Voice("model.diffusion_model.", "ldm"),
                 "text_encoder": Voice("cond_stage_model.transformer.", "hf"),
             },
+            {"vae": Voice("first_stage_model.", "ldm")},
         ),
         Checkpoint("ldm-unet", {"unet": Voice("", "ldm")}),
-        Checkpoint("diffusers", {"unet": Voice("", "diffusers"), "text_encoder": Voice("", "hf")}),
+        Checkpoint(
+            "diffusers",
+            {"unet": Voice("", "diffusers"), "text_encoder": Voice("", "hf")},
+            {"vae": Voice("", "diffusers")},
+        ),
         # What transformers >= 5.6 saves.
-        Checkpoint("diffusers-short", {"unet": Voice("", "diffusers"), "text_encoder": Voice("", "hf-short")}),
+        Checkpoint(
+            "diffusers-short",
+            {"unet": Voice("", "diffusers"), "text_encoder": Voice("", "hf-short")},
+            {"vae": Voice("", "diffusers")},
+        ),
     ),
     facts={
         "ss_base_model_version": "sd_v1",
         "ss_v2": "False",
         "modelspec.architecture": "stable-diffusion-v1/lora",
     },
+    beside={"vae": _vae},
     blocks=unet_blocks(UNET, (ATTENTION_BLOCKS, EVERY_BLOCK), ("text_encoder",)),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from loratool.architectures._clip import CLIP_G, clip_l_namings, open_clip_namings
 from loratool.architectures._unet import ATTENTION_BLOCKS, EVERY_BLOCK, UNet, unet_blocks, unet_namings
+from loratool.architectures._vae import VAE_4, vae_namings
 from loratool.core.architecture import Architecture, Checkpoint, Voice
 from loratool.core.blocks import numbered
 from loratool.core.naming import Naming
@@ -26,6 +27,10 @@ def _unet() -> dict[str, Naming]:
 
 def _text_encoder_2() -> dict[str, Naming]:
     return open_clip_namings(CLIP_G, "text_encoder_2")
+
+
+def _vae() -> dict[str, Naming]:
+    return vae_namings(VAE_4)
 
 
 ARCHITECTURE = Architecture(
@@ -100,16 +105,19 @@ ARCHITECTURE = Architecture(
                 "text_encoder": Voice("conditioner.embedders.0.transformer.", "hf"),
                 "text_encoder_2": Voice("conditioner.embedders.1.model.", "openclip"),
             },
+            {"vae": Voice("first_stage_model.", "ldm")},
         ),
         Checkpoint("sgm-unet", {"unet": Voice("", "ldm")}),
         Checkpoint(
             "diffusers",
             {"unet": Voice("", "diffusers"), "text_encoder": Voice("", "hf"), "text_encoder_2": Voice("", "hf")},
+            {"vae": Voice("", "diffusers")},
         ),
         # What transformers >= 5.6 saves: only CLIPTextModel lost its prefix, the model with projection kept it.
         Checkpoint(
             "diffusers-short",
             {"unet": Voice("", "diffusers"), "text_encoder": Voice("", "hf-short"), "text_encoder_2": Voice("", "hf")},
+            {"vae": Voice("", "diffusers")},
         ),
     ),
     facts={
@@ -117,5 +125,6 @@ ARCHITECTURE = Architecture(
         "ss_v2": "False",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
     },
+    beside={"vae": _vae},
     blocks=unet_blocks(UNET, LISTS, ("text_encoder", "text_encoder_2")),
 )

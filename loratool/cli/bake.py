@@ -81,6 +81,10 @@ def bake(
     dtype: Annotated[
         Optional[str], _option("--dtype", "DTYPE", "Cast all weights to fp32, fp16, bf16, fp8_e4m3, ...", _HOW)
     ] = None,
+    spelling: Annotated[
+        Optional[str],
+        _option("--format", "NAME", "Write one file with the names of another program: ldm, sgm, bfl, comfyui.", _HOW),
+    ] = None,
     rounding: Annotated[
         str, _option("--rounding", "HOW", "nearest, or stochastic: keeps updates that are too small for a dtype.", _HOW)
     ] = "nearest",
@@ -131,6 +135,7 @@ def bake(
             verify=verify,
             allow_unmatched=allow_unmatched,
             overwrite=overwrite,
+            format=spelling,
         )
         asked = _asked(inputs or [], weights, blocks or [], prompt)
         where = _base(base, download)

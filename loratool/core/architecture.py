@@ -21,10 +21,23 @@ class Voice:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One kind of checkpoint of this model: component -> voice. `prefix + tensor_key` is the key in the file."""
+    """One kind of checkpoint of this model: component -> voice. `prefix + tensor_key` is the key in the file.
+
+    `beside` are the voices of the parts that no adapter is for.
+    """
 
     id: str
     voices: Mapping[str, Voice]
+    beside: Mapping[str, Voice] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> bool:
+        """Whether components have the same keys, so that each needs a sub-folder of its own."""
+        return len({voice.prefix for voice in self.voices.values()}) < len(self.voices)
+
+    def voice(self, component: str) -> Voice | None:
+        """The voice of any part of the model; None if this kind of checkpoint does not hold it."""
+        return self.voices.get(component) or self.beside.get(component)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +89,8 @@ class Architecture:
     """The targets of one model, their namings, and which layout speaks which naming with which prefix.
 
     `components` maps a component to the function that builds its namings (id -> Naming); the first one is
-    the canonical (diffusers / transformers) naming. Nothing is built before it is asked for.
+    the canonical (diffusers / transformers) naming. Nothing is built before it is asked for. `beside` are the parts
+    that no adapter is for, as the VAE: only what spells a whole checkpoint anew needs them.
     `writes[layout][component]` is the voice a layout is written in; `reads[layout][component]` more
     voices that occur in files. `facts` are `ss_*` / `modelspec.*` metadata that are true of every
     adapter for this model. `blocks` are the parts that block weights may be given for, None where no list of them is
@@ -93,6 +107,7 @@ class Architecture:
     reads: Mapping[str, Mapping[str, tuple[Voice, ...]]] = field(default_factory=dict)
     checkpoints: tuple[Checkpoint, ...] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, Callable[[], Namings]] = field(default_factory=dict)
     blocks: Blocks | None = None
     open: bool = False
     variants: tuple[Variant, ...] = ()
@@ -123,7 +138,7 @@ class Architecture:
 
     def namings(self, component: str) -> Namings:
         """The namings of one component, built once."""
-        return _built(self.components[component])
+        return _built(self.components.get(component) or self.beside[component])
 
     @cached_property
     def targets(self) -> frozenset[Target]:

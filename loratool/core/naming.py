@@ -15,20 +15,23 @@ class Home:
     """Where the rows of a target live in a checkpoint that speaks one naming.
 
     `tensor_key` is relative to the checkpoint's prefix. `transposed` says that the tensor is stored
-    as `(in, out)`: the rows of the target are then its columns.
+    as `(in, out)`: the rows of the target are then its columns. `pointwise` says that a linear is
+    stored as a 1x1 convolution, `(out, in, 1, 1)`.
     """
 
     name: str
     first_row: int
     tensor_key: str
     transposed: bool
+    pointwise: bool = False
 
 
 class Naming(Mapping[str, tuple[Target, ...]]):
     """One component's names in one program's spelling: dotted name -> the targets it holds, in row order.
 
     `tensor_keys` gives the checkpoint key of a name where it is not `name + ".weight"`; `transposed`
-    the names whose tensor is stored as `(in, out)`. It is checked to be
+    the names whose tensor is stored as `(in, out)`, `pointwise` those of linears that are stored as
+    1x1 convolutions. It is checked to be
     a bijection when it is first asked in the other direction: `ValueError` when a target has two names.
     """
 
@@ -37,10 +40,12 @@ class Naming(Mapping[str, tuple[Target, ...]]):
         table: Mapping[str, tuple[Target, ...]],
         tensor_keys: Mapping[str, str] | None = None,
         transposed: frozenset[str] = frozenset(),
+        pointwise: frozenset[str] = frozenset(),
     ) -> None:
         self._table = dict(table)
         self._tensor_keys = dict(tensor_keys or {})
         self._transposed = transposed
+        self._pointwise = pointwise
         self._spellings: dict[str, dict[str, list[str]]] = {}
 
     def __getitem__(self, name: str) -> tuple[Target, ...]:
@@ -83,7 +88,7 @@ class Naming(Mapping[str, tuple[Target, ...]]):
                 if target in homes:
                     raise ValueError(f"{target.path} is named by {homes[target].name} and by {name}")
                 key = self._tensor_keys.get(name, f"{name}.weight")
-                homes[target] = Home(name, row, key, name in self._transposed)
+                homes[target] = Home(name, row, key, name in self._transposed, name in self._pointwise)
                 row += target.rows
         return homes
 

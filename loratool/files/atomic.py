@@ -106,6 +106,26 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         os.close(lock)
 
 
+@contextlib.contextmanager
+def scratch_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives the path of an empty folder beside `path` for what is needed on the way to it; removed when the block ends.
+
+    What a killed run leaves there, the next `atomic_write` of the same `path` removes.
+    """
+    target = Path(path)
+    temporary = _temporary_name(target)
+    try:
+        temporary.mkdir()
+        lock = _locked(os.open(temporary, os.O_RDONLY))
+    except OSError as error:
+        raise LoratoolError(f"cannot be written: {error.strerror}", file=str(target)) from error
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
 def _swap(temporary: Path, target: Path) -> None:
     """Gives a folder its name. What had it goes last: a run that is killed between leaves one of the two whole."""
     link = target.is_symlink()  # replaced, not followed

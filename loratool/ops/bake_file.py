@@ -21,9 +21,10 @@ from loratool.files.stream import Output
 from loratool.ops import recipe
 from loratool.ops.bake_copy import Copier
 from loratool.ops.bake_folder import restate
+from loratool.ops.bake_format import write_respelled
 from loratool.ops.bake_report import BakeReport, bake_report
 from loratool.ops.bake_task import FileTask, Options, Task, planned_size, prepared, record, with_record
-from loratool.ops.bake_write import Progress, Ticker, size_of, temporary_places
+from loratool.ops.bake_write import Progress, Ticker, scratch_places, size_of, temporary_places
 from loratool.ops.inputs import Asked
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ def bake_file(
     """Adds adapters to the checkpoint at `base` (a file or folder) and writes the result; `output` None only plans it.
 
     Every weight becomes round(W + sum of strength * delta), computed in float32 and rounded once. Everything else
-    keeps its bytes. `undo` names a file to write that gives the base back bit for bit; without one, `recorder` may
-    look on. Raises LoratoolError before anything is read for an output that cannot be written, and for modules without
-    a weight (unless allowed).
+    keeps its bytes; with `options.format` all get other names, in one file. `undo` names a file to write that gives the
+    base back bit for bit; without one, `recorder` may look on. Raises LoratoolError before anything is read for an
+    output that cannot be written, and for modules without a weight (unless allowed).
     """
     started = time.perf_counter()
     options = options or Options()
@@ -58,18 +59,23 @@ def bake_file(
     for one in asked:
         if not math.isfinite(one.weight):
             raise UsageError(f"its strength is {one.weight}, expected a finite number", file=one.path)
-    if output is not None:
+    if output is not None and options.format is None:
         check_output(output, paths, os.path.isdir(base), options.overwrite)
     if undo is not None:
         if options.dtype is not None:
             raise UsageError("--undo cannot undo --dtype: a cast loses bits", hint="keep the base")
+        if options.format is not None:
+            raise UsageError("--undo cannot undo --format: other names are not taken back", hint="keep the base")
         check_output(undo, [*paths, *([os.fspath(output)] if output is not None else [])], False, options.overwrite)
     hashes = recipe.hashing([one.path for one in asked])
     task = prepared(base, asked, options, architecture)
+    if output is not None and options.format is not None:  # only now is known whether it is a folder
+        check_output(output, paths, os.path.isdir(base) and task.target is None, options.overwrite)
     if output is None:
         report = bake_report(task, asked, hashes(), options, None)
         return replace(report, size=planned_size(task), seconds=time.perf_counter() - started)
-    check_room(Path(output).parent, sum(file.plan.nbytes for file in task.files))
+    also = 0 if task.planned is None else planned_size(task)  # what is baked waits in a file of its own
+    check_room(Path(output).parent, also + sum(file.plan.nbytes for file in task.files))
     report = _Bake(task, asked, options, Path(output), undo, recorder, hashes, progress).run()
     return replace(report, size=size_of(Path(output)), seconds=time.perf_counter() - started)
 
@@ -91,12 +97,26 @@ class _Bake:
         """Writes everything, checks it, and gives it its name."""
         checkpoint, options = self.task.checkpoint, self.options
         rewritten = [one.file for one in self.task.files]
-        digests = ["0" * 64] * len(self.asked)  # as long as the true ones, which are known when the data are written
-        with temporary_places(self.output, checkpoint, rewritten, options.overwrite) as places, ExitStack() as stack:
+        if self.task.target is not None:
+            with scratch_places(self.output, rewritten, options.overwrite) as (file, files):
+                report, digests = self._baked(files)
+                told = record(self.asked, digests, checkpoint.path, options)
+                compared = write_respelled(self.task, files, file, told, options.verify, self.progress)
+            checked = None if report.checked is None else replace(report.checked, bytes=compared)
+            return replace(report, checked=checked)
+        with temporary_places(self.output, checkpoint, rewritten, options.overwrite) as places:
             if places.folder is not None and options.dtype is not None:
                 restate(places.folder, self.task, options.dtype)
+            report, _ = self._baked(places.files)
+        return replace(report, linked=places.others.linked, copied=places.others.copied)
+
+    def _baked(self, places: Mapping[WeightFile, Path]) -> tuple[BakeReport, Sequence[str]]:
+        """Fills the files at these places, and checks them; also the adapters' hashes."""
+        options = self.options
+        digests = ["0" * 64] * len(self.asked)  # as long as the true ones, which are known when the data are written
+        with ExitStack() as stack:
             outputs = {
-                one.file: stack.enter_context(Output(places.files[one.file], len(self._header(one, digests)), one.plan))
+                one.file: stack.enter_context(Output(places[one.file], len(self._header(one, digests)), one.plan))
                 for one in self.task.files
             }
             survivals, checked, undone = self._filled(outputs)
@@ -105,15 +125,14 @@ class _Bake:
                 outputs[one.file].finish(self._header(one, digests))
             undo_size = undone(digests)
         report = bake_report(self.task, self.asked, digests, options, survivals)
-        return replace(
+        report = replace(
             report,
             output=str(self.output),
             checked=checked,
-            linked=places.others.linked,
-            copied=places.others.copied,
             undo=None if self.undo is None else str(self.undo),
             undo_size=undo_size,
         )
+        return report, digests
 
     def _filled(
         self, outputs: Mapping[WeightFile, Output]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
+from loratool.core.tensor import DTYPES
 from loratool.ops.bake_task import Options, Task
 from loratool.ops.inputs import Asked
 from loratool.ops.pool import threads
+from loratool.ops.respell import title_of
 from loratool.ops.sites import Site, Unmatched
 
 if TYPE_CHECKING:
@@ -59,8 +62,8 @@ class Changed:
 class BakeReport:
     """What `loratool bake` did, or would do (`output` None). Sizes in bytes, `seconds` of wall time.
 
-    `memory` is an estimate of what is used at once, on the host and on each GPU. `linked` and `copied` count the other
-    files of a folder.
+    `format` is the spelling that was asked for, if any. `memory` is an estimate of what is used at once, on the host
+    and on each GPU. `linked` and `copied` count the other files of a folder.
     """
 
     base: str
@@ -77,6 +80,7 @@ class BakeReport:
     size: int
     untouched: int
     dtype: str | None
+    format: str | None
     rounding: str
     seed: int
     dora_norm: str
@@ -133,8 +137,9 @@ def bake_report(
         linked=0,
         copied=0,
         size=0,
-        untouched=sum(what.nbytes for one in task.files for what in one.copies),
+        untouched=_untouched(task),
         dtype=options.dtype,
+        format=options.format,
         rounding=options.rounding,
         seed=options.seed,
         dora_norm=options.dora_norm,
@@ -146,6 +151,20 @@ def bake_report(
         notes=(*(note for one in task.inputs for note in one.adapter.notes), *task.notes),
         seconds=0.0,
     )
+
+
+def _untouched(task: Task) -> int:
+    """Bytes of the files that are written which are the base's."""
+    if task.planned is None:
+        return sum(what.nbytes for one in task.files for what in one.copies)
+    left_out = set(task.planned.left_out)
+    baked = (
+        prod(shape) * DTYPES[dtype] // 8
+        for one in task.files
+        for key, (dtype, shape, _) in one.plan.entries.items()
+        if title_of(one.file.name.rpartition("/")[0], key) not in left_out
+    )
+    return sum(one.nbytes for one in task.planned.tensors.values()) - sum(baked)
 
 
 def _components(sites: Sequence[Site], survivals: Sequence[Survival] | None) -> Iterator[Component]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from loratool.files.atomic import atomic_folder, atomic_write
+from loratool.files.atomic import atomic_folder, atomic_write, scratch_folder
 from loratool.files.checkpoint import CheckpointFiles, WeightFile
 from loratool.ops.bake_folder import Others, bring_others
 
@@ -40,6 +40,18 @@ def temporary_places(
         for place in places.values():
             place.touch()
         yield Places(places, folder, others)
+
+
+@contextmanager
+def scratch_places(
+    output: Path, rewritten: Sequence[WeightFile], overwrite: bool
+) -> Iterator[tuple[Path, Mapping[WeightFile, Path]]]:
+    """An empty file that becomes `output` when the block ends well, and one for each that is rewritten, which go."""
+    with atomic_write(output, overwrite) as file, scratch_folder(output) as folder:
+        places = {one: folder / f"{number}.safetensors" for number, one in enumerate(rewritten)}
+        for place in places.values():
+            place.touch()
+        yield file, places
 
 
 class Ticker:

@@ -78,6 +78,8 @@ def _output(report: BakeReport) -> Facts:
     if report.dtype is not None:
         but = " but vectors and scales" if report.dtype.startswith("F8") else ""
         yield "dtype", f"all weights{but} are {report.dtype} now", ""
+    if report.format is not None:
+        yield "format", f"spelled as {report.format}", ""
     if report.rounding != "nearest":
         yield "rounding", f"{report.rounding}, seed {report.seed}", ""
     if report.undo is not None:

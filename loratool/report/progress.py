@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Tell = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
 
-IN_BYTES = frozenset({"writing"})
+IN_BYTES = frozenset({"writing", "respelling", "comparing"})
 """Stages whose work is counted in bytes; that of all others is counted in modules."""
 
 
