@@ -21,7 +21,8 @@ def convert(
         Optional[str], typer.Option("--dtype", metavar="DTYPE", help="Cast the factors: fp32, fp16, bf16, ...")
     ] = None,
     base: Annotated[
-        Optional[str], typer.Option("--base", metavar="PATH", help="A checkpoint of the model, to take its names from.")
+        Optional[str],
+        typer.Option("--base", metavar="PATH", help="A checkpoint of the model, for its names and weights."),
     ] = None,
     architecture: Annotated[
         Optional[str],
@@ -32,7 +33,7 @@ def convert(
         typer.Option(
             "--approximate",
             metavar="FAMILY",
-            help="lora: rewrite modules that LAYOUT cannot express as LoRA (needs --rank or --energy).",
+            help="lora: rewrite modules of other families as LoRA (needs --rank or --energy).",
         ),
     ] = None,
     rank: Annotated[Optional[int], typer.Option("--rank", metavar="N", help="Rank of approximated modules.")] = None,
@@ -72,6 +73,7 @@ def convert(
                 architecture=_model(base, architecture),
                 dtype=code,
                 approximate=wish,
+                base=base,
                 drop_extras=drop_extras,
                 overwrite=overwrite,
                 verify=verify,

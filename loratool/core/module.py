@@ -43,14 +43,49 @@ class Module:
         return {role: factor.shape for role, factor in self.factors.items()}
 
     @cached_property
-    def product(self) -> Product:
-        """The part of the module that ranks can be cut from."""
+    def product(self) -> Product | None:
+        """The part of the module that ranks can be cut from; None where the family has none."""
         return self.family.product(self.factors)
 
     @property
+    def ranked(self) -> Product | None:
+        """The product, if the family can hold it at a lower rank, too."""
+        product = self.product
+        return None if product is None or (product.whole and product.right is None) else product
+
+    def ranks(self) -> Product:
+        """The product that ranks are cut from. Raises NotExact, and says what to do, where there is none."""
+        product = self.ranked
+        if product is None:
+            base = "" if self.family.additive else " and --base CHECKPOINT"
+            raise NotExact(
+                f"{self.title}: a {self.family.title} module has no ranks that can be cut",
+                hint=f"convert --approximate lora with --rank N or --energy E{base} rewrites it as LoRA first",
+            )
+        return product
+
+    @property
+    def stored_rank(self) -> int:
+        """The rank of the product as it is stored; of modules without one, the family's rank."""
+        return self.rank if self.product is None else self.product.rank
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether what the module changes depends on the weight: DoRA, and families that are not additive."""
+        return self.magnitude is not None or not self.family.additive
+
+    @cached_property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the update, `(out, in)` or `(out, in, kh, kw)`."""
-        return self.family.shape(self.shapes)
+        """Shape of the update, `(out, in)` or `(out, in, kh, kw)`.
+
+        What the factors do not tell is taken from the standard model, if the rest fits it; else it is 0.
+        """
+        shape = self.family.shape(self.shapes)
+        if 0 not in shape:
+            return shape
+        standard = (sum(target.rows for target in self.targets), *self.targets[0].shape[1:])
+        fits = shape[0] in (0, standard[0]) and prod(shape[1:]) in (0, prod(standard[1:]))
+        return standard if fits else shape
 
     @property
     def delta_width(self) -> int:
@@ -59,7 +94,7 @@ class Module:
 
     @property
     def rank(self) -> int:
-        """The rank that alpha is divided by."""
+        """The rank that alpha is divided by; 0 where the family has none."""
         return self.family.rank(self.shapes)
 
     @property
@@ -107,7 +142,7 @@ class Module:
         return [target.rows * height // total for target in self.targets]
 
     def delta(self, device: str = "cpu") -> Tensor:
-        """The dense update, float32, shape `shape`, alpha / rank included."""
+        """The dense update, float32, shape `shape`, alpha / rank included. NotExact where it depends on the weight."""
         loaded = {role: factor.load(device).float() for role, factor in self.factors.items()}
         return self.family.delta(loaded, self.scale)
 

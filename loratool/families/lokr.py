@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 from loratool.core.errors import NotExact
 from loratool.core.family import Factors, Part, Product, Shapes
 from loratool.core.ranges import spread
-from loratool.core.tensor import LazyTensor, concatenated, same_bytes, scaled
+from loratool.core.tensor import concatenated, same_bytes, scaled
+from loratool.families._base import Additive, turned
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Lokr:
+class Lokr(Additive):
     """The Kronecker product of two small matrices, each whole or factored."""
 
     id = "lokr"
@@ -100,14 +101,6 @@ class Lokr:
         """The height of w2, which is that of a Kronecker block."""
         return _right(shapes)[0]
 
-    def live(self, factors: Factors) -> tuple[int, ...] | None:
-        """A Kronecker product has no separable rank components."""
-        return None
-
-    def keep(self, factors: Factors, components: Sequence[int]) -> Factors:
-        """Never asked for: `live` is None."""
-        raise NotExact("a Kronecker product has no separable rank components")
-
     def stacked(self, parts: Sequence[Part]) -> Factors:
         """Left sides below one another, if all parts share every other factor and the scale. Else NotExact."""
         present = [part.factors for part in parts if part.factors is not None]
@@ -133,7 +126,7 @@ class Lokr:
             return Product(w2.reshape((w2.shape[0], w2.numel // w2.shape[0])), None, whole=False)
         left, right = factors["w2_a"], factors["w2_b"]
         if "t2" in factors:
-            return Product(_transposed(left), right, factors["t2"], whole=False)
+            return Product(turned(left), right, factors["t2"], whole=False)
         return Product(left, right.reshape((right.shape[0], right.numel // right.shape[0])), whole=False)
 
     def with_product(self, factors: Factors, product: Product) -> Factors:
@@ -142,7 +135,7 @@ class Lokr:
         assert right is not None
         made = {role: factor for role, factor in factors.items() if role not in ("w2", "w2_a", "w2_b", "t2")}
         if product.core is not None:
-            return {**made, "w2_a": _transposed(product.left), "w2_b": right, "t2": product.core}
+            return {**made, "w2_a": turned(product.left), "w2_b": right, "t2": product.core}
         if "w2_b" in factors:
             right = right.reshape((right.shape[0], *factors["w2_b"].shape[1:]))
         return {**made, "w2_a": product.left, "w2_b": right}
@@ -157,10 +150,6 @@ class Lokr:
         left, right = ("w1" if "w1" in factors else "w1_a"), ("w2" if "w2" in factors else "w2_a")
         outer, inner = spread(gain, factors[left], factors[right])
         return {**factors, left: scaled(factors[left], outer), right: scaled(factors[right], inner)}
-
-
-def _transposed(matrix: LazyTensor) -> LazyTensor:
-    return LazyTensor.computed(matrix.shape[::-1], matrix.dtype, lambda: matrix.load().T.contiguous())
 
 
 def _left(shapes: Shapes) -> tuple[int, int]:

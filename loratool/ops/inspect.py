@@ -157,7 +157,7 @@ def _component(modules: Sequence[Module]) -> ComponentInfo:
     return ComponentInfo(
         modules=len(modules),
         parameters=sum(module.parameters for module in modules),
-        ranks=dict(Counter(module.rank for module in modules).most_common()),
+        ranks=dict(Counter(module.rank for module in modules if module.rank).most_common()),
         alphas=_alphas(modules),
         blocks=dict(Counter(block_of(module) for module in modules)),
         families=dict(Counter(module.family.id for module in modules)),

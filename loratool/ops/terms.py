@@ -55,7 +55,14 @@ class Term:
         """What keeps the module from being a sum's term as it is: DoRA, or a family that is no product of factors."""
         if self.own.magnitude is not None:
             return "DoRA"
-        return None if self.own.product.whole else self.own.family.title
+        product = self.own.ranked
+        return None if product is not None and product.whole else self.own.family.title
+
+    @property
+    def full(self) -> bool:
+        """Whether the module is its whole update as one matrix, which adds up with others exactly."""
+        product = self.own.product
+        return product is not None and product.whole and product.right is None and not self.own.needs_base
 
     def gained(self, rows: Tensor) -> Tensor:
         """Rows of the module's update times the block weights of their targets."""
@@ -75,6 +82,7 @@ class Term:
             wide = cast(module, "F64" if wide_dtype(module.dtype) else "F32")
             return replace(wide, factors=module.family.scaled(wide.factors, self.gain))
         product = module.product
+        assert product is not None
         left = LazyTensor.computed(product.left.shape, "F32", lambda: self.gained(product.left.load().float()))
         return replace(module, factors=module.family.with_product(module.factors, replace(product, left=left)))
 
@@ -98,6 +106,11 @@ class Group:
     def shape(self) -> tuple[int, int]:
         """`(out, in * kh * kw)`."""
         return _flat(self.first)
+
+    @property
+    def full(self) -> bool:
+        """Whether all modules are whole updates: so is their sum."""
+        return all(term.full for term in self.terms)
 
 
 @dataclass(eq=False)
@@ -123,8 +136,8 @@ class Seen:
 
     @property
     def known(self) -> bool:
-        """Whether the update can be told: that of a DoRA takes the base weights."""
-        return self.term is None or self.term.module.magnitude is None or self.base is not None
+        """Whether the update can be told: that of a DoRA, for instance, takes the base weights."""
+        return self.term is None or not self.term.module.needs_base or self.base is not None
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """The update as left and right, its scale in both."""
@@ -268,8 +281,8 @@ def _moves(module: Module, namings: Mapping[str, Naming]) -> bool:
 
 def _is_stuck(module: Module, adapter: Adapter, layout: Layout) -> bool:
     """Whether a module, taken alone, cannot be regrouped, but the pair that is its update could be."""
-    product = module.product
-    if module.magnitude is not None or (product.whole and product.core is None):
+    product = module.ranked
+    if module.needs_base or (product is not None and product.whole and product.core is None):
         return False
     try:
         regrouped(replace(adapter, modules=(module,)), layout)
@@ -294,7 +307,8 @@ def _stand_in(module: Module) -> Module:
         pair = pair_update(module, work)
         return torch.eye(width, dtype=work) if pair is None else pair[1]
 
-    rank = module.product.left.shape[1] if module.product.whole else width
+    product = module.ranked
+    rank = product.left.shape[1] if product is not None and product.whole else width
     code = code_of(work)
     return plain_pair(
         module,

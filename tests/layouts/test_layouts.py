@@ -332,11 +332,14 @@ def test_half_a_file_of_unknown_names_is_not_believed() -> None:
 
 def test_unread_keys_are_extras_and_do_not_disturb() -> None:
     bundle = build(typical_parts("sd15", "kohya"), "kohya")
-    strange = {"strange.thing": LazyTensor.scalar(1.0, "F32"), "lora_unet_conv_in.diff": LazyTensor.scalar(2.0, "F32")}
+    strange = {
+        "strange.thing": LazyTensor.scalar(1.0, "F32"),
+        "lora_unet_conv_in.bias_values": LazyTensor.scalar(2.0, "F32"),
+    }
     adapter = understand(Bundle({**bundle.tensors, **strange})).adapter
     assert adapter.architecture.id == "sd15"
     assert set(adapter.extras) == set(strange)
-    assert adapter.unread_families == {"diff": 1}
+    assert adapter.unread_families == {"sparse bias": 1}
 
 
 # -- files of other programs ----------------------------------------------------------------------------------------
