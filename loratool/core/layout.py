@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
 
 from loratool.core.adapter import Adapter, Bundle
 from loratool.core.architecture import Architecture, Spoken, Voice
@@ -13,7 +12,7 @@ from loratool.core.errors import FormatError, LoratoolError, NotRepresentable, f
 from loratool.core.family import ALPHA_SCALES
 from loratool.core.module import Module
 from loratool.core.registry import families
-from loratool.core.target import Target
+from loratool.core.target import Target, may_be
 from loratool.core.tensor import Held, LazyTensor
 
 ALPHA, MAGNITUDE = "alpha", "magnitude"
@@ -382,8 +381,7 @@ def fits(targets: Sequence[Target], shape: tuple[int, ...]) -> bool:
     rows = 0
     for target in targets:
         rows += target.shape[0]
-    # 0 is a side that the factors do not tell.
-    return shape[0] in (0, rows) and prod(shape[1:]) in (0, prod(targets[0].shape[1:]))
+    return may_be(shape, (rows, *targets[0].shape[1:]))
 
 
 def alpha_scalar(alpha: float, dtype: str) -> LazyTensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from loratool.core.errors import NotExact
 from loratool.core.family import Factors, Family, Product, Shapes
-from loratool.core.target import Target
+from loratool.core.target import Target, may_be
 from loratool.core.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ class Module:
     """One adapter module: the targets it updates, the family of its factors, alpha and the optional DoRA magnitude.
 
     `magnitude` has the canonical shape `(out, 1, ...)` (one norm per output row) or `(1, in, ...)` (one per
-    input column). `keys` remembers under which key each role stood in the file it was read from.
+    input column). `keys` remembers under which key each role stood in the file it was read from. `weight_shape` is that
+    of the weight, where a checkpoint told it and the factors do not.
     """
 
     targets: tuple[Target, ...]
@@ -31,6 +32,7 @@ class Module:
     alpha: float | None = None
     magnitude: LazyTensor | None = None
     keys: Mapping[str, str] = field(default_factory=dict, compare=False)
+    weight_shape: tuple[int, ...] | None = field(default=None, compare=False)
 
     @property
     def component(self) -> str:
@@ -78,14 +80,14 @@ class Module:
     def shape(self) -> tuple[int, ...]:
         """Shape of the update, `(out, in)` or `(out, in, kh, kw)`.
 
-        What the factors do not tell is taken from the standard model, if the rest fits it; else it is 0.
+        What the factors do not tell is taken from `weight_shape`, or from the standard model, if the rest fits it; else
+        it is 0.
         """
         shape = self.family.shape(self.shapes)
         if 0 not in shape:
             return shape
-        standard = (sum(target.rows for target in self.targets), *self.targets[0].shape[1:])
-        fits = shape[0] in (0, standard[0]) and prod(shape[1:]) in (0, prod(standard[1:]))
-        return standard if fits else shape
+        standard = self.weight_shape or (sum(target.rows for target in self.targets), *self.targets[0].shape[1:])
+        return standard if may_be(shape, standard) else shape
 
     @property
     def delta_width(self) -> int:

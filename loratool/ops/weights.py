@@ -99,12 +99,11 @@ class BaseWeights:
         return tuple(found)
 
     def sized(self, module: Module) -> Module:
-        """The module with the sizes of the weight, where neither its factors nor a table tell them.
-
-        Only for a model without a table, whose weights are one target each.
-        """
-        if 0 not in module.shape or not self._by_shape or len(module.targets) > 1:
+        """The module with the sizes of the weight, where neither its factors nor a table tell them."""
+        if 0 not in module.family.shape(module.shapes):
             return module
+        if not self._by_shape:
+            return replace(module, weight_shape=self.shape(module.targets))
         row = self.find(module.targets[0])
         if row is None or len(row.tensor.shape) < 2:
             return module
