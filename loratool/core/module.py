@@ -139,6 +139,8 @@ class Module:
         Raises NotExact when the module's height cannot be divided in those proportions.
         """
         total, height = sum(target.rows for target in self.targets), self.shape[0]
+        if len(self.targets) == 1:
+            return [height]
         if any(target.rows * height % total for target in self.targets):
             raise NotExact(f"{self.title}: {height} rows cannot be divided like the model's {total}")
         return [target.rows * height // total for target in self.targets]

@@ -3,7 +3,8 @@
 Each side is stored whole (`w1`, `w2`) or as a product (`w1_a @ w1_b`, `w2_a @ w2_b`). Of a convolution, w2
 carries the kernel: whole `(c, d, kh, kw)`, as a product with `w2_b` `(rank, d * kh * kw)`, or Tucker with
 `t2` `(rank, rank, kh, kw)`, `w2_a` `(rank, c)` and `w2_b` `(rank, d)`. scale = alpha / rank, where rank is
-that of a product; with both sides whole there is no rank and alpha is ignored.
+that of a product; with both sides whole there is no rank and alpha is ignored. PEFT multiplies by the alpha / r of
+its config then, too: that is the constant `scale`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Lokr(Additive):
                 return f"{side} is stored whole and as a product"
             if not whole and len(halves) < 2:
                 return f"has no {side}: part of the module is missing"
-        if any(len(shape) < 2 or 0 in shape for shape in shapes.values()):
+        if any(len(shape) < 2 or 0 in shape for role, shape in shapes.items() if role != "scale"):
             return "a factor is no matrix"
         if "t2" in shapes:
             if "w2_a" not in shapes:
@@ -86,6 +87,7 @@ class Lokr(Additive):
         else:
             w2 = (factors["w2_a"] @ factors["w2_b"].flatten(1)).reshape(-1, *factors["w2_b"].shape[1:])
         (a, b), (c, d, *kernel) = w1.shape, w2.shape
+        scale = scale * float(factors["scale"]) if "scale" in factors else scale
         product = w1.reshape(a, 1, b, 1, 1) * w2.reshape(1, c, 1, d, -1)
         return product.reshape(a * c, b * d, *kernel) * scale
 
@@ -141,9 +143,10 @@ class Lokr(Additive):
         return {**made, "w2_a": product.left, "w2_b": right}
 
     def gain(self, factors: Mapping[str, Any]) -> float:
-        """||w1||."""
+        """||w1||, times a stored scale."""
         w1 = factors["w1"] if "w1" in factors else factors["w1_a"] @ factors["w1_b"]
-        return math.sqrt(float((w1 * w1).sum()))
+        own = abs(float(factors["scale"])) if "scale" in factors else 1.0
+        return own * math.sqrt(float((w1 * w1).sum()))
 
     def scaled(self, factors: Factors, gain: float) -> Factors:
         """w1 (or its left half) times `gain`; w2 takes a part of it where the dtype of w1 cannot hold the result."""

@@ -96,7 +96,6 @@ def _update(module: Module, base: BaseWeights | None) -> Tensor:
             f"{module.title}: what a {module.family.title} module changes depends on the base weights",
             hint="add --base CHECKPOINT, the model that it was trained on",
         )
-    module = base.sized(module)
     dense = dense_update(module, torch.float64, base=base)
     kernel = module.shape[2:]
     return dense.reshape(len(dense), -1, *kernel) if kernel else dense
@@ -105,6 +104,7 @@ def _update(module: Module, base: BaseWeights | None) -> Tensor:
 def _truncated(module: Module, wish: Wish, base: BaseWeights | None) -> tuple[Module, float]:
     import torch
 
+    module = module if base is None else base.sized(module)
     delta = _update(module, base)
     standard = module.targets[0].shape
     if delta.dim() == 2 and len(standard) > 2:  # a LoKr whose w2_b hides the kernel
