@@ -196,10 +196,12 @@ def all_paths(architecture: Architecture, component: str, voices: Mapping[str, V
 
 def peft_obstacle(module: Module, layout: str) -> str | None:
     """PEFT's magnitude has one value per output feature: a row of the weight, or a column of an embedding's."""
-    if module.magnitude is not None and module.family.id != "lora":
-        return f"{layout} has no DoRA magnitude for a {module.family.title} module"
-    if module.magnitude is None or module.magnitude_per_row != _is_embedding(module):
+    if module.magnitude is None:
         return None
+    if module.magnitude_per_row != _is_embedding(module):
+        return (
+            None if module.family.id == "lora" else f"{layout} has no DoRA magnitude for a {module.family.title} module"
+        )
     return f"{layout} has no DoRA magnitude per input feature"
 
 

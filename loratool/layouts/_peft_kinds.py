@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loratool.core.errors import FormatError, NotRepresentable
+from loratool.core.errors import FormatError, NotRepresentable, few
 from loratool.core.layout import alpha_scalar
 from loratool.core.module import Module
 from loratool.core.target import may_be
@@ -221,7 +221,8 @@ def _boft(named: Named) -> dict[str, Any]:
 def _cannot(modules: Sequence[Module], what: str) -> NotRepresentable:
     names = tuple(module.title for module in modules)
     return NotRepresentable(
-        f"{len(names)} modules cannot be written as they are: a config of PEFT knows {what}",
+        f"{len(names)} {modules[0].family.title} modules cannot be written as they are ({few(names)}): "
+        f"a config of PEFT knows {what}",
         modules=names,
         hint="rewrite them with --approximate lora and --rank N or --energy E",
     )

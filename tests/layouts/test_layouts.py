@@ -586,10 +586,9 @@ def test_a_layout_without_a_word_for_it_says_so() -> None:
     stem = "lora_unet_" + SD15_Q.replace(".", "_")
     bundle = zeros({f"{stem}.lokr_w1": (4, 4), f"{stem}.lokr_w2": (80, 80)})
     adapter = read(bundle, "kohya", "sd15")
-    for layout in ("diffusers", "peft"):
-        with pytest.raises(NotRepresentable) as caught:
-            convert(adapter, layout)
-        assert caught.value.modules == (f"unet.{SD15_Q}",)
+    with pytest.raises(NotRepresentable) as caught:
+        convert(adapter, "diffusers")
+    assert caught.value.modules == (f"unet.{SD15_Q}",)
     assert convert(adapter, "comfyui").bundle.tensors.keys() == {
         f"diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lokr_w{i}" for i in (1, 2)
     }

@@ -169,6 +169,7 @@ def test_to_comfyui_and_back_is_the_identity(network: str, unet: nn.Module, tmp_
     assert_identical(converted(there, "kohya", tmp_path / "back.safetensors"), original)
 
 
+PEFT_CUTS_OTHERWISE = ("lokr", "lokr, Tucker")
 REFUSED = {
     "locon, Tucker": "mid",
     "locon, dora per column": "DoRA magnitude per input",
@@ -180,7 +181,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("to", ["diffusers", "peft"])
-@pytest.mark.parametrize("network", REFUSED)
+@pytest.mark.parametrize("network", [name for name in REFUSED if name not in PEFT_CUTS_OTHERWISE])
 def test_what_peft_cannot_express_is_refused_by_name(network: str, to: str, unet: nn.Module, tmp_path: Path) -> None:
     path = saved(trained(unet, network), tmp_path / "lycoris.safetensors")
     adapter = open_adapter(path)
@@ -196,6 +197,16 @@ def test_what_peft_cannot_express_is_refused_by_name(network: str, to: str, unet
     # A magnitude per column cannot be approximated either: nothing is offered that would not help.
     assert ("--approximate lora" in message) == ("column" not in network)
     assert not output.exists()
+
+
+@pytest.mark.parametrize("network", PEFT_CUTS_OTHERWISE)
+def test_kronecker_factors_that_peft_would_not_make_are_refused(network: str, unet: nn.Module, tmp_path: Path) -> None:
+    """LyCORIS sorts the two factors of a size, PEFT does not: 4 is 1 x 4 or 4 x 1."""
+    path = saved(trained(unet, network), tmp_path / "lycoris.safetensors")
+    with pytest.raises(NotRepresentable, match=r"LoKr modules .* one decompose_factor gives; .*--approximate lora"):
+        convert_file(path, "peft", tmp_path / "out")
+    with pytest.raises(NotRepresentable, match="no spelling for the w1 of a LoKr module"):
+        convert_file(path, "diffusers", tmp_path / "out.safetensors")
 
 
 @pytest.mark.parametrize(
