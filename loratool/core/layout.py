@@ -285,9 +285,9 @@ class Layout:
         for module in blocked:
             if module.family is pair and "mid" not in module.factors:
                 return None  # it is a LoRA already
-            if len(module.shape) < 2 or 0 in module.shape:
-                return None  # a vector; or nobody knows what it is
-            out, columns, *kernel = module.shape
+            if len(module.shape) < 2:
+                return None  # a vector is no pair
+            out, columns, *kernel = (size or 1 for size in module.shape)
             ones = [1] * len(kernel)
             factors = {"up": _empty((out, 1, *ones), module.dtype), "down": _empty((1, columns, *kernel), module.dtype)}
             magnitude = module.magnitude if module.family.additive else None
