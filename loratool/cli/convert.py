@@ -40,6 +40,9 @@ def convert(
     energy: Annotated[
         Optional[float], typer.Option("--energy", metavar="E", help="Share of the squared norm that they keep, 0 to 1.")
     ] = None,
+    unpack: Annotated[
+        Optional[int], typer.Option("--unpack", metavar="N", help="Take the LoRA of rank N out of a DyLoRA.")
+    ] = None,
     drop_extras: Annotated[bool, typer.Option("--drop-extras", help="Leave out tensors that are no modules.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     verify: Annotated[bool, typer.Option(help="Read the output back and compare every update.")] = True,
@@ -74,6 +77,7 @@ def convert(
                 dtype=code,
                 approximate=wish,
                 base=base,
+                unpack=unpack,
                 drop_extras=drop_extras,
                 overwrite=overwrite,
                 verify=verify,

@@ -114,13 +114,14 @@ class Module:
 
     @property
     def parameters(self) -> int:
-        """Number of stored values, alpha not counted."""
-        return sum(tensor.numel for tensor in self.tensors.values())
+        """Number of stored values, alpha and other constants not counted."""
+        return sum(tensor.numel for tensor in self.tensors.values() if tensor.shape)
 
     @property
     def dtype(self) -> str:
-        """dtype of the (first) factor."""
-        return next(iter(self.factors.values())).dtype
+        """dtype of the (first) factor that is no constant."""
+        factors = list(self.factors.values())
+        return next((factor for factor in factors if factor.shape), factors[0]).dtype
 
     @property
     def magnitude_per_row(self) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from loratool.core.adapter import Adapter
+from loratool.core.architecture import Architecture, Spoken, Voice
 from loratool.core.layout import ALPHA, ANY, MAGNITUDE, Layout, Parsed
 from loratool.core.module import Module
 from loratool.core.tensor import LazyTensor
@@ -47,6 +48,22 @@ class Comfyui(Layout):
             modules.append(module)
         return replace(adapter, modules=tuple(modules), extras=extras)
 
+    def resolve(self, stem: str, architecture: Architecture, metadata: Mapping[str, str]) -> Sequence[Spoken]:
+        """A parameter that is no module's `weight` goes by its own name in ComfyUI: `query_norm.scale`."""
+        found = super().resolve(stem, architecture, metadata)
+        if found or architecture.open or not stem.endswith(_OWN_NAMES):
+            return found
+        whole = super().resolve(stem.rpartition(".")[0], architecture, metadata)
+        return [said for said in whole if _own_name(said.voice, said.name, said.component, architecture)]
+
+    def stem(self, module: Module, architecture: Architecture, voices: Mapping[str, Voice]) -> str:
+        """With the parameter's own name behind that of its module, where it has one."""
+        stem, voice = super().stem(module, architecture, voices), voices[module.component]
+        if module.family.id == "lora" or architecture.open:
+            return stem
+        name = stem[len(voice.prefix) :]
+        return stem + (_own_name(voice, name, module.component, architecture) or "")
+
     def suffix(self, module: Module, role: str) -> str:
         """As in the table, but a Tucker module's pair is spelled as ComfyUI expects it beside `lora_mid`."""
         if role == "bias":
@@ -67,6 +84,16 @@ class Comfyui(Layout):
     def alpha_tensor(self, module: Module) -> LazyTensor | None:
         """None at scale 1: ComfyUI takes an absent alpha as the rank."""
         return None if module.scale == 1.0 else super().alpha_tensor(module)
+
+
+_OWN_NAMES = (".scale",)
+
+
+def _own_name(voice: Voice, name: str, component: str, architecture: Architecture) -> str | None:
+    """What a parameter has behind its module's name, where that is not `.weight`."""
+    naming = architecture.naming(component, voice.naming)
+    key = naming.home(naming[name][0]).tensor_key
+    return key[len(name) :] if key.startswith(name) and key[len(name) :] in _OWN_NAMES else None
 
 
 _SPELLING: Mapping[tuple[str, str], str] = {

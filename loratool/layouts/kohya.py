@@ -90,6 +90,9 @@ class Kohya(Layout):
                 "so programs apply them that much weaker than in training; the file is taken as programs apply it"
             )
             return replace(adapter, notes=(*adapter.notes, note))
+        if adapter.metadata.get("ss_network_module", "").endswith("dylora"):
+            note = "trained as a DyLoRA: its first ranks are a LoRA by themselves, which convert --unpack N takes out"
+            return replace(adapter, notes=(*adapter.notes, note))
         return adapter
 
 

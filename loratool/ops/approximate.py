@@ -88,7 +88,8 @@ def _update(module: Module, base: BaseWeights | None) -> Tensor:
     import torch
 
     if module.family.additive:
-        return module.delta().double()
+        loaded = {role: factor.load().double() for role, factor in module.factors.items()}
+        return module.family.delta(loaded, module.scale)
     from loratool.ops.factored import dense_update
 
     if base is None:

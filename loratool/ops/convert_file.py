@@ -56,6 +56,7 @@ def convert_file(
     dtype: str | None = None,
     approximate: Wish | None = None,
     base: str | None = None,
+    unpack: int | None = None,
     drop_extras: bool = False,
     overwrite: bool = False,
     verify: bool = True,
@@ -63,18 +64,28 @@ def convert_file(
 ) -> Report:
     """Converts the adapter at `path` into layout `to` at `output`; see `convert` and `save` for what is guaranteed.
 
-    `base` is a checkpoint whose weights are used where an approximation depends on them.
+    `base` is a checkpoint whose weights are used where an approximation depends on them; `unpack` a rank that is taken
+    out of a DyLoRA.
     """
     started = time.perf_counter()
     check_output(output, [os.fspath(path)], layouts()[to].folder, overwrite)
     source = open_adapter(path, architecture=architecture)
     try:
-        adapted, approximated = _approximated(source, to, approximate, base)
+        taken = source if unpack is None else _unpacked(source, unpack)
+        adapted, approximated = _approximated(taken, to, approximate, base)
         converted = convert(adapted, to, dtype=dtype, drop_extras=drop_extras)
         proof = save(converted, adapted, output, overwrite=overwrite, verify=verify, progress=progress)
     except LoratoolError as error:
         raise error.with_file(str(path)) from error.__cause__
     return _report(source, converted, os.fspath(output), approximated, proof, time.perf_counter() - started)
+
+
+def _unpacked(source: Adapter, rank: int) -> Adapter:
+    from loratool.ops.unpack import unpacked
+
+    return replace(
+        unpacked(source, rank), metadata=with_history(source.metadata, {"op": "unpack", "from": "DyLoRA", "rank": rank})
+    )
 
 
 def _approximated(

@@ -128,9 +128,7 @@ def merge(
     adapter = Adapter(tuple(one.module for one in made), first.architecture, layout.id, path=first.path)
     cuts: Sequence[Cut | None] = [None] * len(made)
     if rule is not None:
-        spectra = _spectra(made, device)
-        resized = resize(adapter, rule, limits=limits, dtype=dtype, spectra=spectra, written=written)
-        adapter, cuts = resized.adapter, resized.cuts
+        adapter, cuts = _cut(adapter, made, rule, limits, dtype, written, device)
     modules = tuple(
         module if module.dtype == one.dtype or module is one.kept else cast(module, one.dtype)
         for one, module in zip(made, adapter.modules, strict=True)
@@ -147,6 +145,35 @@ def merge(
         cosines={component: _cosines(made, component) for component in adapter.components},
         silent=silent,
     )
+
+
+def _cut(
+    adapter: Adapter,
+    made: Sequence[_Made],
+    rule: Rule,
+    limits: Limits | None,
+    dtype: str | None,
+    written: Written | None,
+    device: str,
+) -> tuple[Adapter, Sequence[Cut | None]]:
+    """The adapter cut by a rule, and how; modules without ranks, which are an input's very own, stay."""
+    ranked = [index for index, module in enumerate(adapter.modules) if module.ranked is not None]
+    some = replace(adapter, modules=tuple(adapter.modules[index] for index in ranked))
+
+    def whole(modules: Sequence[Module]) -> tuple[Module, ...]:
+        new = dict(zip(ranked, modules, strict=True))
+        return tuple(new.get(index, module) for index, module in enumerate(adapter.modules))
+
+    resized = resize(
+        some,
+        rule,
+        limits=limits,
+        dtype=dtype,
+        spectra=_spectra([made[index] for index in ranked], device),
+        written=None if written is None else lambda modules: written(whole(modules)),
+    )
+    cuts = dict(zip(ranked, resized.cuts, strict=True))
+    return replace(adapter, modules=whole(resized.adapter.modules)), [cuts.get(i) for i in range(len(made))]
 
 
 def check_inputs(inputs: Sequence[Input], method: Method, options: Mapping[str, Any]) -> None:
@@ -322,7 +349,7 @@ class _Job:
 
     def run(self, one: Group) -> _Made:
         """The merged module of one group."""
-        dtype = self.dtype or common_dtype(f.dtype for term in one.terms for f in term.own.factors.values())
+        dtype = self.dtype or common_dtype(f.dtype for term in one.terms for f in term.own.factors.values() if f.shape)
         try:
             return self._alone(one, dtype) if _is_alone(one, self.method) else self._merged(one, dtype)
         except TooLarge as error:

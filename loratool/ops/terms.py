@@ -270,7 +270,7 @@ def _of_one_dtype(adapter: Adapter, layout: Layout) -> Adapter:
     modules = []
     for one, own in zip(adapter.modules, names, strict=True):
         fused = [other for name in own for other in parts[one.component, name]]
-        dtype = common_dtype(tensor.dtype for other in (one, *fused) for tensor in other.tensors.values())
+        dtype = common_dtype(t.dtype for other in (one, *fused) for t in other.tensors.values() if t.shape)
         modules.append(cast(one, dtype) if len(fused) > len(own) else one)
     return replace(adapter, modules=tuple(modules))
 
