@@ -89,7 +89,7 @@ class Changing(Base):
 
     def _refusal(self) -> NotExact:
         return NotExact(
-            f"what a {self.title} module changes depends on the base weights",
+            f"what {self.title} modules change depends on the base weights",
             hint="convert --approximate lora --base CHECKPOINT with --rank N or --energy E rewrites it as LoRA",
         )
 

@@ -94,7 +94,7 @@ def _update(module: Module, base: BaseWeights | None) -> Tensor:
 
     if base is None:
         raise NotExact(
-            f"{module.title}: what a {module.family.title} module changes depends on the base weights",
+            f"{module.title}: what {module.family.title} modules change depends on the base weights",
             hint="add --base CHECKPOINT, the model that it was trained on",
         )
     dense = dense_update(module, torch.float64, base=base)

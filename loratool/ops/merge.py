@@ -240,7 +240,7 @@ def _check_kinds(
     if based and base is None:
         title = next(title for title, found in needed.items() if set(found) & set(based))
         raise NotExact(
-            f"what a {based[0]} module changes depends on the base weights", key=title, hint="add --base CHECKPOINT"
+            f"what {based[0]} modules change depends on the base weights", key=title, hint="add --base CHECKPOINT"
         )
     if rule is None:
         raise UsageError("--approximate does not say how far", hint="add --rank N, --energy 0.999 or another rule")
