@@ -119,6 +119,8 @@ def merge(
     """
     options = dict(options or {})
     check_inputs(inputs, method, options)
+    if base is not None:
+        inputs = [replace(one, adapter=base.sized_all(one.adapter)) for one in inputs]
     first = inputs[0].adapter
     layout = layouts()[to or first.layout]
     groups, silent = group(inputs, layout, approximate, voting="sign" in method.options)

@@ -16,7 +16,6 @@ from loratool.core.layout import Layout
 from loratool.core.module import Module
 from loratool.core.naming import Naming
 from loratool.core.registry import families
-from loratool.core.target import same_shape
 from loratool.core.tensor import DTYPES, LazyTensor, code_of
 from loratool.ops.convert import cast
 from loratool.ops.factored import dense_update, pair_update
@@ -104,8 +103,9 @@ class Group:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(out, in * kh * kw)`."""
-        return _flat(self.first)
+        """`(out, in * kh * kw)`; 0 for a side that no term tells."""
+        heights, widths = zip(*(_flat(term.module) for term in self.terms), strict=True)
+        return max(heights), max(widths)
 
     @property
     def full(self) -> bool:
@@ -186,7 +186,7 @@ def group(
         for module, stands_for in _as_grouped(one.adapter, layout, approximate):
             key = (module.component, tuple(target.path for target in module.targets))
             path, first = firsts.setdefault(key, (one.adapter.path, module))
-            if not same_shape(_flat(module), _flat(first)):
+            if not all(a == b or 0 in (a, b) for a, b in zip(_flat(module), _flat(first), strict=True)):
                 raise FormatError(
                     f"updates a weight of {list(module.shape)}, {path} one of {list(first.shape)}",
                     file=one.adapter.path,

@@ -112,6 +112,10 @@ class BaseWeights:
             shape = (shape[1], shape[0], *shape[2:])
         return replace(module, targets=(replace(module.targets[0], shape=shape),))
 
+    def sized_all(self, adapter: Adapter) -> Adapter:
+        """The adapter with every module `sized`."""
+        return replace(adapter, modules=tuple(self.sized(module) for module in adapter.modules))
+
     def load(self, module: Module, device: str = "cpu") -> Tensor:
         """The weight that a module updates, float32, `(out, in * kh * kw)`. Raises what `spans` does."""
         import torch
