@@ -169,10 +169,12 @@ class Layout:
             names = " and ".join(sorted(group.by_family))
             raise FormatError(f"one module of two families: {names}", key=stem)
         (family_id, roles), *_ = group.by_family.items()
-        family_id, renamed = self.meant(family_id, {role: bundle.tensors[key] for role, key in roles.items()})
-        roles = {renamed.get(role, role): key for role, key in roles.items()}
-        family = families()[family_id]
         factors = {role: bundle.tensors[key] for role, key in roles.items()}
+        family_id, renamed = self.meant(family_id, factors)
+        if renamed:
+            roles = {renamed.get(role, role): key for role, key in roles.items()}
+            factors = {role: bundle.tensors[key] for role, key in roles.items()}
+        family = families()[family_id]
         constant = family.alpha_role if family.alpha_role != ALPHA_SCALES else None
         if constant is not None and ALPHA in group.shared:
             factors[constant] = bundle.tensors[group.shared[ALPHA]]

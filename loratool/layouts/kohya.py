@@ -61,8 +61,10 @@ class Kohya(Layout):
         strays = [
             stem
             for stem, group in parsed.groups.items()
-            if group.by_family.get("ia3", {"on_input": ""}).keys() == {"output"}
+            if "ia3" in group.by_family and "on_input" not in group.by_family["ia3"]
         ]
+        if not strays:
+            return parsed
         unknown = list(parsed.unknown)
         groups = dict(parsed.groups)
         for stem in strays:

@@ -126,8 +126,11 @@ def _truncated(module: Module, wish: Wish, base: BaseWeights | None) -> tuple[Mo
     }
     norm = float(delta.norm())
     error = float((delta.flatten(1) - up.double() @ down.double()).norm()) / norm if norm else 0.0
+    bias = None if base is None else base.changed_bias(module)
     if "bias" in module.factors:
         stored["bias"] = module.factors["bias"]
+    elif bias is not None:
+        stored["bias"] = LazyTensor.from_torch(bias.to(dtype))
     pair = replace(module, family=families()["lora"], factors=stored, alpha=float(rank), keys={})
     return pair, error
 

@@ -39,7 +39,7 @@ from loratool.ops.ranks import LOCAL, Limits, Rule, choose
 from loratool.ops.resize import Cut, Written, candidate, resize
 from loratool.ops.similar import Similar, independent, norm_of_sum
 from loratool.ops.spectrum import Spectrum, spectrum, truncated
-from loratool.ops.terms import REPLACED_BY, Group, Seen, common_dtype, group, wide_dtype
+from loratool.ops.terms import REPLACED_BY, Group, Seen, common_dtype, group, is_bias, wide_dtype
 from loratool.ops.weights import BaseWeights
 
 if TYPE_CHECKING:
@@ -239,6 +239,13 @@ def _check_kinds(
             f"{len(needed)} modules ({', '.join(kinds)}) have no exact sum: {few(tuple(needed))}",
             hint=REPLACED_BY + (f"; {' and '.join(based)} needs --base CHECKPOINT as well" if based else ""),
         )
+    if base is not None:
+        for term in terms:
+            if term.kind is not None and base.changed_bias(term.own) is not None:
+                raise NotExact(
+                    f"{term.own.title}: a {term.own.family.title} module that changes the layer's bias, too",
+                    hint="rewrite it first: convert --approximate lora --base CHECKPOINT",
+                )
     if based and base is None:
         title = next(title for title, found in needed.items() if set(found) & set(based))
         raise NotExact(
@@ -506,12 +513,12 @@ class _Job:
         return _Result(module, norm, error, found)
 
     def _full(self, one: Group, matrix: Tensor) -> _Result:
-        """A matrix in the form of the first module, which is a whole one."""
-        module = one.first
-        product = module.product
-        assert product is not None
-        factors = dict(module.family.with_product(module.factors, replace(product, left=_held(matrix))))
-        if "bias" in factors:
+        """A matrix in the form of the first module with one, and the sum of the biases."""
+        module = next((term.module for term in one.terms if term.module.product is not None), one.first)
+        product, factors = module.product, dict(module.factors)
+        if product is not None:
+            factors = dict(module.family.with_product(factors, replace(product, left=_held(matrix))))
+        if any("bias" in term.module.factors for term in one.terms):
             biases = [(t.module.factors["bias"].load().double(), t) for t in one.terms if "bias" in t.module.factors]
             bias = sum((term.gained(values) * term.weight for values, term in biases), torch.zeros(()))
             factors["bias"] = LazyTensor.from_torch(bias)
@@ -553,4 +560,5 @@ def _held(matrix: Tensor) -> LazyTensor:
 
 
 def _weighed(one: Group) -> Terms:
-    return [(term.weighed(), term.weight) for term in one.terms]
+    terms = [term for term in one.terms if not is_bias(term.module)] or one.terms
+    return [(term.weighed(), term.weight) for term in terms]

@@ -38,7 +38,10 @@ def pair_module(one: Group, left: LazyTensor, right: LazyTensor, dtype: str) -> 
     """
     scale, template = scale_of(one), _template(one)
     if template is None:
-        return plain_pair(one.first, left, right)
+        pair = plain_pair(one.first, left, right)
+        if any("bias" in term.module.factors for term in one.terms):
+            pair = replace(pair, factors={**pair.factors, "bias": _bias(one, 1.0, left.dtype)})
+        return pair
     product = Product(left, right)
     if template.ranks().transposed:
         product = Product(_transposed(right), _transposed(left), transposed=True)

@@ -59,9 +59,10 @@ class Term:
 
     @property
     def full(self) -> bool:
-        """Whether the module is its whole update as one matrix, which adds up with others exactly."""
+        """Whether the module is its whole update as one matrix, or of a bias alone: these add up exactly."""
         product = self.own.product
-        return product is not None and product.whole and product.right is None and not self.own.needs_base
+        whole = product is not None and product.whole and product.right is None
+        return (whole or is_bias(self.own)) and not self.own.needs_base
 
     def gained(self, rows: Tensor) -> Tensor:
         """Rows of the module's update times the block weights of their targets."""
@@ -105,7 +106,7 @@ class Group:
     def shape(self) -> tuple[int, int]:
         """`(out, in * kh * kw)`; 0 for a side that no term tells."""
         heights, widths = zip(*(_flat(term.module) for term in self.terms), strict=True)
-        return max(heights), max(widths)
+        return max(heights), max(widths) or 1
 
     @property
     def full(self) -> bool:
@@ -145,7 +146,7 @@ class Seen:
 
     def dense(self) -> Tensor:
         """The update as one matrix, a new one each time."""
-        if self.term is None:
+        if self.term is None or is_bias(self.term.module):
             return torch.zeros(self.shape, dtype=self.work, device=self.device)
         if self.plain:
             left, right = self._pair
@@ -168,7 +169,13 @@ class Seen:
 
 
 def _flat(module: Module) -> tuple[int, int]:
-    return module.shape[0], module.delta_width
+    """`(out, in * kh * kw)`; of a bias alone `(out, 0)`."""
+    return module.shape[0], 0 if is_bias(module) else module.delta_width
+
+
+def is_bias(module: Module) -> bool:
+    """Whether a module changes a bias and no weight."""
+    return module.factors.keys() == {"bias"}
 
 
 def group(

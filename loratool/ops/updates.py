@@ -130,6 +130,10 @@ class _Cut:
         return self.rows(0, self._module.shape[0])[:, start:stop]
 
 
+_ROWS = 4096
+"""Rows that are made at once of what a family makes of a weight: rotations are computed for each such stretch."""
+
+
 class _Change:
     """What a family that is not additive makes of the weight at a part's strength, less the weight.
 
@@ -145,7 +149,8 @@ class _Change:
     def rows(self, start: int, stop: int) -> Tensor:
         first, last = 0, self._part.module.shape[0]
         if self._grain:
-            first, last = start - start % self._grain, min(-(-stop // self._grain) * self._grain, last)
+            step = self._grain * max(_ROWS // self._grain, 1)
+            first, last = start - start % step, min(-(-stop // step) * step, last)
         return self._made(first, last)[start - first : stop - first].clone()
 
     def columns(self, start: int, stop: int) -> Tensor:

@@ -116,6 +116,24 @@ class BaseWeights:
         """The adapter with every module `sized`."""
         return replace(adapter, modules=tuple(self.sized(module) for module in adapter.modules))
 
+    def changed_bias(self, module: Module) -> Tensor | None:
+        """What a module that changes the layer's bias adds to it, float32, `(out,)`; None where it does not, or where
+        the layer has no bias."""
+        import torch
+
+        factors = module.family.on_bias(module.factors)
+        if factors is None:
+            return None
+        found = []
+        for span in self.spans(self.sized(module)):
+            tensor = self.components[module.component].get(span.bias_key or "")
+            if tensor is None:
+                return None
+            found.append(tensor.rows(span.first, span.first + span.stop - span.start).load().float())
+        bias = torch.cat(found).reshape(-1, 1)
+        loaded = {role: factor.load().float() for role, factor in factors.items()}
+        return (module.family.apply(loaded, module.scale, bias, 1.0) - bias).flatten()
+
     def load(self, module: Module, device: str = "cpu") -> Tensor:
         """The weight that a module updates, float32, `(out, in * kh * kw)`. Raises what `spans` does."""
         import torch

@@ -259,6 +259,33 @@ def test_full_differences_add_up_exactly(tmp_path: Path) -> None:
         torch.testing.assert_close(made[key], 0.5 * first[key], rtol=1e-6, atol=1e-6)
 
 
+def test_biases_add_up_whatever_stands_beside_them(tmp_path: Path) -> None:
+    """A bias alone with a bias alone, with a full difference, and with what a low-rank form replaces."""
+    alone, other = {f"{OUT}.diff_b": noise(320, seed=1)}, {f"{OUT}.diff_b": noise(320, seed=2)}
+    full = {f"{OUT}.diff": noise(*LINEAR, seed=3), f"{OUT}.diff_b": noise(320, seed=4)}
+    for number, (one, two) in enumerate(((alone, other), (alone, full), (full, alone))):
+        paths = [save(tmp_path / f"{number}{name}.safetensors", made) for name, made in (("a", one), ("b", two))]
+        asked = [Asked(str(paths[0]), 0.5), Asked(str(paths[1]), 2.0)]
+        merge_files(asked, tmp_path / f"{number}.safetensors", methods()["concat"], architecture="sd15")
+        made = load(tmp_path / f"{number}.safetensors")
+        expected = 0.5 * one[f"{OUT}.diff_b"] + 2.0 * two[f"{OUT}.diff_b"]
+        torch.testing.assert_close(made[f"{OUT}.diff_b"].float(), expected, rtol=1e-6, atol=1e-6)
+        assert (f"{OUT}.diff" in made) == (number > 0)
+    lokr = save(tmp_path / "k.safetensors", {f"{OUT}.lokr_w1": noise(4, 4), f"{OUT}.lokr_w2": noise(80, 80, size=0.05)})
+    asked = [Asked(str(save(tmp_path / "f.safetensors", full))), Asked(str(lokr))]
+    merge_files(
+        asked,
+        tmp_path / "m.safetensors",
+        methods()["concat"],
+        architecture="sd15",
+        to="comfyui",
+        approximate=True,
+        rule=parse_rule("rank", "320"),
+    )
+    key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_out.0.diff_b"
+    torch.testing.assert_close(load(tmp_path / "m.safetensors")[key], full[f"{OUT}.diff_b"], rtol=1e-6, atol=1e-6)
+
+
 def test_norms_and_biases_are_baked(tmp_path: Path) -> None:
     tensors = {
         f"{NORM}.w_norm": noise(320, seed=1),

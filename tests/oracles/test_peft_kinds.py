@@ -201,6 +201,24 @@ def test_what_depends_on_the_base_is_rewritten_with_it(kind: str, tmp_path: Path
         assert_same(before[key] + module.delta(), expected[key], key, 1e-6)
 
 
+def test_a_rewritten_ia3_changes_the_bias_too(tmp_path: Path) -> None:
+    """As a lora_bias, where the layout has words for it."""
+    base, adapter, expected = folders("ia3 with biases", tmp_path)
+    wish = Wish(energy=1.0)
+    with pytest.raises(NotRepresentable, match="no lora_bias"):
+        convert_file(adapter, "peft", tmp_path / "peft", approximate=wish, base=str(base))
+    opened = open_adapter(adapter)
+    with_bias = replace(opened, modules=tuple(m for m in opened.modules if "down_proj" not in m.title))
+    save(convert(with_bias, "peft"), with_bias, tmp_path / "attention")
+    convert_file(tmp_path / "attention", "peft", tmp_path / "lora", approximate=wish, base=str(base))
+    bake_file(base, [Asked(str(tmp_path / "lora"))], tmp_path / "baked", Options())
+    found = load_file(tmp_path / "baked" / "model.safetensors")
+    changed = [key for key in expected if "q_proj" in key or "v_proj" in key]
+    assert any(key.endswith("bias") for key in changed)
+    for key in changed:
+        assert_same(found[key], expected[key], key, 1e-6)
+
+
 def test_kinds_that_are_not_known_are_refused_by_name(tmp_path: Path) -> None:
     _, adapter, _ = folders("loha", tmp_path)
     config = json.loads((adapter / CONFIG).read_text())
