@@ -421,6 +421,19 @@ def test_fused_weights_are_split_where_the_family_allows(tmp_path: Path) -> None
         torch.testing.assert_close(torch.cat(made), whole.family.apply(loaded, whole.scale, weight, 1.0))
 
 
+def test_a_fused_loha_goes_to_peft_and_back(tmp_path: Path) -> None:
+    """Split into q, k, v with the same update, and put together again to the very file."""
+    stem = "lora_unet_double_blocks_0_img_attn_qkv"
+    shapes = {"w1_a": (9216, 2), "w1_b": (2, 3072), "w2_a": (9216, 2), "w2_b": (2, 3072)}
+    tensors = {f"{stem}.hada_{role}": noise(*shape, seed=n, size=0.1) for n, (role, shape) in enumerate(shapes.items())}
+    tensors[f"{stem}.alpha"] = torch.tensor(1.0)
+    path = save(tmp_path / "a.safetensors", tensors, {"ss_network_module": "lycoris.kohya"})
+    there = convert_file(path, "peft", tmp_path / "peft", architecture="flux")
+    assert there.modules_after == 3 and there.proof is not None and there.proof.worst == 0
+    back = convert_file(tmp_path / "peft", "kohya", tmp_path / "back.safetensors")
+    assert back.returned and (tmp_path / "back.safetensors").read_bytes() == path.read_bytes()
+
+
 def test_a_lora_is_unpacked_from_a_dylora(tmp_path: Path) -> None:
     """As sd-scripts' own tool does: the first components, alpha unchanged."""
     up, down = factors(LINEAR, rank=8)
