@@ -63,6 +63,8 @@ def convert_file(
     architecture: Architecture | str | None = None,
     dtype: str | None = None,
     approximate: Wish | None = None,
+    base: str | None = None,
+    unpack: int | None = None,
     drop_extras: bool = False,
     overwrite: bool = False,
     verify: bool = True,
@@ -70,7 +72,9 @@ def convert_file(
 ) -> Report:
     """Converts the adapter at `path` into layout `to` at `output`; see `convert` and `save` for what is guaranteed.
 
-    `program` chooses the layout where `to` is None. Nothing is written unless it loads the result fully.
+    `program` chooses the layout where `to` is None. Nothing is written unless it loads the result fully. `base` is a
+    checkpoint whose weights are used where an approximation depends on them; `unpack` a rank that is taken out of a
+    DyLoRA.
     """
     started = time.perf_counter()
     layout, fold = None if to is None else layouts()[to], False
@@ -82,7 +86,8 @@ def convert_file(
             way = _way_for(source, program, approximate, drop_extras)
             layout, fold = layouts()[way.layout], way.folded
             check_output(output, [os.fspath(path)], layout.folder, overwrite)
-        adapted, approximated = _approximated(source, layout.id, approximate)
+        taken = source if unpack is None else _unpacked(source, unpack)
+        adapted, approximated = _approximated(taken, layout.id, approximate, base)
         if program is None:
             converted = convert(adapted, layout.id, dtype=dtype, drop_extras=drop_extras)
         else:
@@ -106,10 +111,25 @@ def _way_for(source: Adapter, program: Program | None, wish: Wish | None, drop_e
     return way_for(source, program, approximate=wish is not None, drop_extras=drop_extras)
 
 
-def _approximated(source: Adapter, to: str, wish: Wish | None) -> tuple[Adapter, tuple[Approximated, ...]]:
+def _unpacked(source: Adapter, rank: int) -> Adapter:
+    from loratool.ops.unpack import unpacked
+
+    return replace(
+        unpacked(source, rank), metadata=with_history(source.metadata, {"op": "unpack", "from": "DyLoRA", "rank": rank})
+    )
+
+
+def _approximated(
+    source: Adapter, to: str, wish: Wish | None, base: str | None
+) -> tuple[Adapter, tuple[Approximated, ...]]:
     if wish is None:
         return source, ()
-    modules, report = as_lora(source.modules, wish, layouts()[to].obstacle)
+    weights = None
+    if base is not None and any(not module.family.additive for module in source.modules):
+        from loratool.ops.weights import base_weights
+
+        weights = base_weights(base, source)
+    modules, report = as_lora(source.modules, wish, layouts()[to].obstacle, weights)
     if not report:
         return source, ()
     worst = max(item.error for item in report)

@@ -107,6 +107,9 @@ def _remarks(table: BlockTable, console: Console) -> None:
     ]
     if dora := _dora(table):
         lines.append(f"{plural(dora, 'module')} with DoRA: the norm is that of the low-rank part alone")
+    based = sum(not module.family.additive for module in adapter.modules)
+    if based:
+        lines.append(f"{plural(based, 'module')} whose update depends on the weight: no norm is known without it")
     for line in (*lines, *adapter.notes):
         console.print(Text(f"  note: {inert(line)}", "yellow"))
     if lines or adapter.notes:

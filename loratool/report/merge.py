@@ -168,8 +168,9 @@ def _count(row: MergedModule) -> int:
 
 
 def _total(rows: Sequence[MergedModule]) -> float:
-    total = math.fsum(row.norm**2 for row in rows)
-    return math.sqrt(math.fsum((row.error * row.norm) ** 2 for row in rows) / total) if total else 0.0
+    known = [row for row in rows if not math.isnan(row.norm)]  # what is kept, and depends on the base, has none
+    total = math.fsum(row.norm**2 for row in known)
+    return math.sqrt(math.fsum((row.error * row.norm) ** 2 for row in known) / total) if total else 0.0
 
 
 # -- how the inputs get on --------------------------------------------------------------------------------------------

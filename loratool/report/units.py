@@ -29,7 +29,9 @@ def plural(number: int, word: str) -> str:
 
 
 def histogram(values: Mapping[Any, int], most: int = 4) -> str:
-    """A compact histogram: the value alone if there is one, else `8 ×192, 4 ×72, +3 more`."""
+    """A compact histogram: the value alone if there is one, else `8 ×192, 4 ×72, +3 more`; `none` without values."""
+    if not values:
+        return "none"
     if len(values) == 1:
         return str(next(iter(values)))
     shown = ", ".join(f"{value} ×{n}" for value, n in list(values.items())[:most])
