@@ -51,7 +51,7 @@ def folded(adapter: Adapter) -> Adapter:
 
 
 def check_loads(converted: Converted, program: Program) -> None:
-    """Raises NotRepresentable unless `program` loads what is about to be written fully, and no tensor is in its header."""
+    """Raises NotRepresentable unless `program` loads all that is about to be written, and no tensor is in its header."""
     found = _judged(converted, program)
     if converted.carried:
         raise NotRepresentable(
