@@ -51,7 +51,7 @@ def folded(adapter: Adapter) -> Adapter:
 
 
 def check_loads(converted: Converted, program: Program) -> None:
-    """Raises NotRepresentable unless `program` loads all that is about to be written, and no tensor is in its header."""
+    """Raises NotRepresentable unless `program` loads fully what is about to be written."""
     found = _judged(converted, program)
     if converted.carried:
         raise NotRepresentable(
