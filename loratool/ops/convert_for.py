@@ -51,7 +51,7 @@ def folded(adapter: Adapter) -> Adapter:
 
 
 def check_loads(converted: Converted, program: Program) -> None:
-    """Raises NotRepresentable unless `program` loads all of what is to be written, no tensor in the header."""
+    """Raises NotRepresentable unless `program` loads fully what is about to be written."""
     found = _judged(converted, program)
     if converted.carried:
         raise NotRepresentable(

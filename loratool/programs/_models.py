@@ -45,3 +45,9 @@ LETTERS = r"\.lora_[AB]\.weight$"
 
 VECTOR = r"\.lora_magnitude_vector(\.weight)?$"
 """PEFT's name of a DoRA magnitude."""
+
+CONTROL = r"^(double|single)_blocks\.\d+\..*(query|key)_norm\.scale$"
+"""BFL's control LoRAs for FLUX.1 bring the norms of the attention along."""
+
+BARE = r"^(double_blocks|single_blocks|img_in|txt_in|time_in|vector_in|guidance_in|final_layer)\."
+"""Native names without a prefix, as control LoRAs have them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loratool.core.program import CHANGES, DROPS, IGNORES, ONE, SCALES, KeyRule, Program, Rule, When
-from loratool.programs._models import SD
+from loratool.programs._models import BARE, CONTROL, SD
 
 _FAMILIES = ("lora", "loha", "lokr", "glora", "oft", "boft", "diff")
 _CLIP = r"^text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])$"
@@ -22,9 +22,7 @@ PROGRAM = Program(
         When(layouts=("comfyui", "ai-toolkit"), families=_FAMILIES, keys=r"^diffusion_model\."),
         When(layouts=("comfyui",), families=_FAMILIES, namings=("hf",), keys=r"^text_encoders\."),
         # BFL's control LoRAs, which have no prefix, are renamed.
-        When(
-            layouts=("comfyui",), architectures=("flux",), families=_FAMILIES, keys=r"^(img_in|double_blocks|single_b)"
-        ),
+        When(layouts=("comfyui",), architectures=("flux",), families=_FAMILIES, keys=BARE, beside=CONTROL),
         When(
             layouts=("comfyui",),
             architectures=("ltx-video", "ltx2", "qwen-image", "z-image", "krea2"),
@@ -118,14 +116,6 @@ PROGRAM = Program(
             IGNORES,
             "knows attention of diffusers' UNets by its old name only (attn1.processor.to_q_lora)",
         ),
-        Rule(
-            When(
-                keys=r"^(?!.*\.(lora_[AB](\.default)?|lora_(up|down)|lora\.(up|down)|lora_linear_layer\.(up|down))"
-                r"\.weight$)(?!.*_lora\.(up|down)\.weight$)(?!.*\.lora_[AB]$).*lora_[AB]"
-            ),
-            IGNORES,
-            "does not know this spelling of lora_A and lora_B",
-        ),
         Rule(When(roles=("embedding_A",)), IGNORES, "reads no PEFT embeddings (lora_embedding_A)"),
         Rule(
             When(has=("alpha elsewhere",)),
@@ -151,6 +141,9 @@ PROGRAM = Program(
             "divides a DoRA magnitude per output by the norm of the base weight, not of the updated one",
         ),
     ),
-    keys=(KeyRule(r"", IGNORES, "warns of tensors that it knows no place for"),),
+    keys=(
+        KeyRule(CONTROL, "", layouts=("comfyui",), architectures=("flux",)),
+        KeyRule(r"", IGNORES, "warns of tensors that it knows no place for"),
+    ),
     writes={"*": ("comfyui", "kohya")},
 )

@@ -7,7 +7,19 @@ What is said of Stable Diffusion and FLUX.1 is tested; the rest is read from `lo
 from __future__ import annotations
 
 from loratool.core.program import COMMONEST, DROPS, IGNORES, ONE, REFUSES, SCALES, KeyRule, Program, Rule, When
-from loratool.programs._models import DOTTED, ENCODERS, GLUED, LETTERS, NESTED, NOT_LORA, SD, TRANSFORMERS, VECTOR
+from loratool.programs._models import (
+    BARE,
+    CONTROL,
+    DOTTED,
+    ENCODERS,
+    GLUED,
+    LETTERS,
+    NESTED,
+    NOT_LORA,
+    SD,
+    TRANSFORMERS,
+    VECTOR,
+)
 
 _COMPONENTS = r"^(unet|transformer(_2)?|text_encoder(_2)?|connectors|text_conditioner)\."
 _EACH_KEY = "wants `lora` in every key and refuses a file with others"
@@ -75,6 +87,7 @@ PROGRAM = Program(
             families=("lora",),
             keys=r"^diffusion_model\..*\.lora_down\.weight$",
         ),
+        When(layouts=("comfyui",), architectures=("flux",), families=("lora",), keys=BARE, beside=CONTROL),
         When(layouts=("peft",), architectures=("flux",), namings=("bfl",), families=("lora",)),  # fal's Kontext trainer
         When(layouts=("xlabs",), architectures=("flux",), components=("transformer",), families=("lora",)),
         When(layouts=("kohya", "musubi"), architectures=("wan", "qwen-image", "z-image", "flux2"), families=("lora",)),
@@ -227,6 +240,7 @@ PROGRAM = Program(
                 architectures=("flux", "chroma"),
                 components=("transformer",),
                 paths=_OUTSIDE,
+                keys=r"^(lora_unet_|diffusion_model\.)",
             ),
             IGNORES,
             "forgets the prefix when it converts modules outside the blocks, and then passes them over",
@@ -308,6 +322,7 @@ PROGRAM = Program(
         ),
     ),
     keys=(
+        KeyRule(CONTROL, "", layouts=("comfyui",), architectures=("flux",)),
         KeyRule(r"^(?!.*lora)", REFUSES, _EACH_KEY, architectures=(*_NO_ALPHA, "qwen-image", "z-image")),
         KeyRule(r"", IGNORES, "passes over tensors of no module, with a warning at most"),
     ),

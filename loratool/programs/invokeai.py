@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from loratool.core.program import CHANGES, DROPS, IGNORES, ONE, REFUSES, SCALES, KeyRule, Program, Rule, When
-from loratool.programs._models import DOTTED, GLUED, LETTERS, NESTED, SD, VECTOR
+from loratool.programs._models import BARE, CONTROL, DOTTED, GLUED, LETTERS, NESTED, SD, VECTOR
 
 _FAMILIES = ("lora", "loha", "lokr", "diff", "ia3")
 _NEWER = ("flux2", "z-image", "qwen-image", "krea2", "anima", "wan")
-_BLOCKS = r"^(single_)?transformer_blocks\."
 _PARTLY = "recognises a FLUX.1 file only if every key is one of the blocks', of the last layer's or of an encoder's"
 
 PROGRAM = Program(
@@ -45,8 +44,14 @@ PROGRAM = Program(
         ),
         When(layouts=("diffusers", "peft"), architectures=("flux",), components=("transformer",), families=("lora",)),
         When(
-            layouts=DOTTED, architectures=("flux",), components=("transformer",), families=_FAMILIES, namings=("bfl",)
+            layouts=DOTTED,
+            architectures=("flux",),
+            components=("transformer",),
+            families=_FAMILIES,
+            namings=("bfl",),
+            keys=r"^diffusion_model\.",
         ),
+        When(layouts=("comfyui",), architectures=("flux",), families=("lora",), keys=BARE, beside=CONTROL),
         When(layouts=("xlabs",), architectures=("flux",), families=("lora",), paths=r"^transformer_blocks\."),
         When(layouts=("kohya", "musubi", "diffusers", *DOTTED), architectures=_NEWER, families=_FAMILIES),
     ),
@@ -139,6 +144,7 @@ PROGRAM = Program(
         ),
     ),
     keys=(
+        KeyRule(CONTROL, "", layouts=("comfyui",), architectures=("flux",)),
         KeyRule(r"^bundle_emb", IGNORES, "leaves bundled embeddings out"),
         KeyRule(r"", REFUSES, "knows SDXL keys by three prefixes and refuses others", architectures=("sdxl",)),
         KeyRule(r"", REFUSES, _PARTLY, architectures=("flux",)),

@@ -125,6 +125,8 @@ MORE = [
     ("comfyui", "sd15", f"lora_unet_{Q}", {".dora_scale": (8, 1)}, CHANGED, 1.0),
     ("comfyui", "sd15", f"lora_unet_{Q}", {".lora_magnitude_vector": (8,)}, CHANGED, 1.0),
     ("comfyui", "sd15", f"lora_unet_{Q}", {".alpha": ()}, READ, 1.0),
+    ("comfyui", "flux", "diffusion_model.single_blocks.0.linear2", {".diff_b": (8,)}, READ, 1.0),
+    ("comfyui", "flux", "diffusion_model.single_blocks.0.linear2", {".lora_B.bias": (8,)}, CHANGED, 1.0),
     ("a1111", "sd15", f"lora_unet_{Q}", {".dora_scale": (1, 8)}, READ, 1.0),
     ("a1111", "sd15", f"lora_unet_{Q}", {".dora_scale": (8, 1)}, CHANGED, 1.0),
     ("invokeai", "sd15", f"lora_unet_{Q}", {".dora_scale": (1, 8)}, READ, 1.0),
@@ -151,6 +153,24 @@ def test_one_module_with_more(
     tensors = {f"{stem}.lora_down.weight": torch.randn(2, 8), f"{stem}.lora_up.weight": torch.randn(8, 2)}
     tensors |= {stem + suffix: torch.ones(shape) for suffix, shape in more.items()}
     assert fate(name, architecture, tensors, tmp_path / "x.safetensors") == (expected, strength)
+
+
+@pytest.mark.parametrize("name", ["comfyui", "diffusers", "invokeai", "kohya", "onetrainer"])
+def test_control_loras_of_flux(name: str, tmp_path: Path) -> None:
+    """No prefix, biases, and the attention's norms beside the modules."""
+    stems = ("img_in", "single_blocks.0.linear2", "final_layer.linear")
+    tensors = {f"{stem}.lora_A.weight": torch.randn(2, 8) for stem in stems}
+    tensors |= {f"{stem}.lora_B.weight": torch.randn(8, 2) for stem in stems}
+    tensors |= {f"{stem}.lora_B.bias": torch.randn(8) for stem in stems}
+    norm = {"single_blocks.0.norm.key_norm.scale": torch.ones(128)}
+    for number, (some, reads) in enumerate(
+        (({**tensors, **norm}, ("comfyui", "diffusers", "invokeai")), (tensors, ()))
+    ):
+        stored = {key: LazyTensor.from_torch(tensor) for key, tensor in some.items()}
+        place = write_file(tmp_path / f"{number}.safetensors", Bundle(stored))
+        adapter = open_adapter(place, architecture="flux")
+        assert len(adapter.modules) == 3
+        assert conform(adapter, programs()[name]).fully is (name in reads)
 
 
 def test_alpha_in_the_header_is_lost_on_comfyui(tmp_path: Path) -> None:
