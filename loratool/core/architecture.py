@@ -95,9 +95,12 @@ class Architecture:
             spoken += [(component, voice) for voice in voices]
         return spoken
 
-    def resolver(self, layout: str, separator: str) -> Resolver:
-        """The function from a key's stem, as `layout` spells it, to everything it may name, best first."""
-        return _resolver(self, layout, separator)
+    def resolver(self, voices: Sequence[tuple[str, Voice]], separator: str) -> Resolver:
+        """The function from a key's stem, spelled with `separator`, to everything it may name in `voices`, best first.
+
+        It remembers what it has resolved: make it once.
+        """
+        return _resolver(self, voices, separator)
 
 
 @cache
@@ -105,9 +108,7 @@ def _built(build: Callable[[], Namings]) -> Namings:
     return build()
 
 
-@cache
-def _resolver(architecture: Architecture, layout: str, separator: str) -> Resolver:
-    voices = architecture.voices(layout)
+def _resolver(architecture: Architecture, voices: Sequence[tuple[str, Voice]], separator: str) -> Resolver:
     if architecture.open:
 
         def resolve(stem: str) -> Sequence[Spoken]:

@@ -120,7 +120,7 @@ def _open(readings: list[_Reading], candidates: tuple[Candidate, ...], tie: tupl
     found: list[Candidate] = []
     for reading in readings:
         for architecture in architectures().values():
-            if architecture.open and architecture.voices(reading.layout.id):
+            if architecture.open and reading.layout.voices(architecture):
                 found += _candidates(reading, architecture)
     found = sorted((c for c in found if c.resolved > 0), key=lambda c: -(c.resolved + 0.001 * c.written))
     if found:
@@ -142,7 +142,7 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
     layout, parsed, metadata = reading.layout, reading.parsed, reading.bundle.metadata
     if parsed is None:
         return []
-    written = architecture.writes.get(layout.id, {})
+    written = layout.written(architecture)
     total = len(parsed.groups) + len(parsed.unknown)
     resolved = plain = sized = fitting = 0
     widths: dict[int, Counter[int]] = defaultdict(Counter)

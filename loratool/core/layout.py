@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 
 from loratool.core.adapter import Adapter, Bundle
-from loratool.core.architecture import Architecture, Spoken, Voice
+from loratool.core.architecture import Architecture, Resolver, Spoken, Voice
 from loratool.core.errors import FormatError, LoratoolError, NotRepresentable, few
 from loratool.core.module import Module
 from loratool.core.registry import families
@@ -24,6 +24,13 @@ VECTOR = ".lora_magnitude_vector"
 
 ANY = "*"
 """Family of the roles that every family shares."""
+
+Voices = Mapping[str, tuple[Voice, ...]]
+"""component -> the voice that is written, then more that are read."""
+
+
+def _none(architecture: Architecture) -> Voices:
+    return {}
 
 
 @dataclass
@@ -47,12 +54,15 @@ class Parsed:
     unknown: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """A spelling: separator, factor suffixes, where alpha and magnitude live. Subclasses say what differs.
 
     `spelling[(family, role)]` is the suffix that is written; `aliases[suffix]` more suffixes that occur.
     `header_entries` are the header entries that describe this spelling and mean nothing in another one.
+    `derive` makes its voices out of those that an architecture has for other layouts, where the architecture's own
+    table has none for this one: a new layout then speaks of every model. It builds no naming. `names` are other names
+    of the same spelling. A layout that is not `writable` is only written on the way back to a file that was so spelled.
     """
 
     id: str
@@ -63,6 +73,22 @@ class Layout:
     header_entries: tuple[str, ...] = ()
     writable: bool = True
     folder: bool = False
+    derive: Callable[[Architecture], Voices] = _none
+    names: tuple[str, ...] = ()
+
+    # -- voices ----------------------------------------------------------------------------------------------
+
+    def written(self, architecture: Architecture) -> Mapping[str, Voice]:
+        """The voice in which each component of a model is written."""
+        return _written(self, architecture)
+
+    def voices(self, architecture: Architecture) -> Sequence[tuple[str, Voice]]:
+        """Every (component, voice) that may occur for a model, the written ones first."""
+        return _voices(self, architecture)
+
+    def signed(self, metadata: Mapping[str, str]) -> bool:
+        """Whether the header says that this layout's program wrote the file: it decides between equal spellings."""
+        return False
 
     # -- reading ---------------------------------------------------------------------------------------------
 
@@ -110,7 +136,7 @@ class Layout:
 
     def resolve(self, stem: str, architecture: Architecture, metadata: Mapping[str, str]) -> Sequence[Spoken]:
         """Everything a stem may name in an architecture, best first. `metadata` is the file's header's."""
-        return architecture.resolver(self.id, self.separator)(stem)
+        return _resolver(self, architecture)(stem)
 
     def read(self, bundle: Bundle, architecture: Architecture, parsed: Parsed | None = None) -> Adapter:
         """The adapter in a bundle, for one architecture. Nothing but alpha scalars is read.
@@ -292,7 +318,7 @@ class Layout:
 
     def voices_for(self, adapter: Adapter) -> Mapping[str, Voice]:
         """The voice in which each component is written. Raises NotRepresentable for a component without one."""
-        written = adapter.architecture.writes.get(self.id, {})
+        written = self.written(adapter.architecture)
         missing = [component for component in adapter.components if component not in written]
         if missing:
             hint = "; ".join(adapter.notes) or "name a checkpoint of the model with --base"
@@ -325,6 +351,28 @@ class Layout:
     def finish(self, adapter: Adapter, bundle: Bundle, voices: Mapping[str, Voice]) -> Bundle:
         """The bundle with what is not a tensor: header entries, side files."""
         return bundle
+
+
+@cache
+def _written(layout: Layout, architecture: Architecture) -> Mapping[str, Voice]:
+    own = architecture.writes.get(layout.id)
+    derived = layout.derive(architecture) if own is None else {}
+    return own if own is not None else {component: voices[0] for component, voices in derived.items()}
+
+
+@cache
+def _voices(layout: Layout, architecture: Architecture) -> Sequence[tuple[str, Voice]]:
+    voices = dict.fromkeys(_written(layout, architecture).items())
+    voices |= dict.fromkeys(architecture.voices(layout.id))
+    if layout.id not in architecture.writes:
+        for component, more in layout.derive(architecture).items():
+            voices |= dict.fromkeys((component, voice) for voice in more)
+    return tuple(voices)
+
+
+@cache
+def _resolver(layout: Layout, architecture: Architecture) -> Resolver:
+    return architecture.resolver(layout.voices(architecture), layout.separator)
 
 
 def _best(spoken: Sequence[Spoken], shape: tuple[int, ...], component: str | None) -> Spoken:
