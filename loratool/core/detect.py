@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -38,6 +38,11 @@ class Candidate:
     written: float = 0.0
 
     @property
+    def perfect(self) -> bool:
+        """Whether every stem has a name in the tables, and every shape is the standard model's."""
+        return self.resolved == self.fitting == 1
+
+    @property
     def score(self) -> float:
         """Names first; sizes tell apart models that share names; written spellings win over aliases."""
         return self.resolved * (0.5 + 0.3 * self.fitting + 0.2 * self.consistent) + 0.001 * self.written
@@ -45,16 +50,18 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """The best reading, and what came nearest."""
+    """The best reading, and what came nearest. `tie` are the ids of models between which nothing decides, `kin` the
+    titles of models made from the best one, which the file may be for as well."""
 
     best: Candidate
     candidates: tuple[Candidate, ...]
     tie: tuple[str, ...] = ()
+    kin: tuple[str, ...] = ()
 
     @property
     def runner_up(self) -> Candidate | None:
         """The best reading as another architecture, or None."""
-        others = [c for c in self.candidates if c.architecture is not self.best.architecture]
+        others = [c for c in self.candidates if c.architecture.id != self.best.architecture.id]
         return others[0] if others else None
 
 
@@ -87,11 +94,27 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
     believed = [c for c in candidates if c.resolved > ENOUGH]
     if believed:
         rivals = [c for c in believed if c.score > believed[0].score - CLOSE]
-        ids = dict.fromkeys(c.architecture.id for c in rivals)
-        if len(ids) == 1:
-            return Detection(believed[0], tuple(candidates))
-        return _open(readings, tuple(candidates), tuple(ids))
+        rivals = _named_in(bundle.metadata, rivals)
+        models = {c.architecture.id: c.architecture for c in reversed(rivals)}
+        origin = _origin(models)
+        if origin is not None:
+            best = next(c for c in rivals if c.architecture.id == origin)
+            kin = tuple(one.title for name, one in models.items() if name != origin)
+            return Detection(best, tuple(candidates), kin=kin)
+        return _open(readings, tuple(candidates), tuple(dict.fromkeys(c.architecture.id for c in rivals)))
     return _open(readings, tuple(candidates), ())
+
+
+def _named_in(metadata: Mapping[str, str], rivals: Sequence[Candidate]) -> list[Candidate]:
+    """Of equally good readings those whose model the header names; all if it names none, or all alike."""
+    agreeing = [sum(metadata.get(key) == fact for key, fact in c.architecture.facts.items()) for c in rivals]
+    return [c for c, count in zip(rivals, agreeing, strict=True) if count == max(agreeing)]
+
+
+def _origin(models: Mapping[str, Architecture]) -> str | None:
+    """The one model that all others were made from; None if there are several."""
+    own = [name for name, model in models.items() if model.kin not in models]
+    return own[0] if len(own) == 1 else None
 
 
 class _Reading:
@@ -133,8 +156,18 @@ def _open(readings: list[_Reading], candidates: tuple[Candidate, ...], tie: tupl
 
 def _ranked(pairs: Iterable[tuple[_Reading, Architecture]]) -> list[Candidate]:
     """What the readings are as these architectures, the best score first."""
-    found = [candidate for reading, table in pairs for candidate in _candidates(reading, table)]
+    found = [candidate for reading, table in pairs for candidate in _best_size(reading, table)]
     return sorted((c for c in found if c.resolved > 0), key=lambda c: -c.score)
+
+
+def _best_size(reading: _Reading, architecture: Architecture) -> list[Candidate]:
+    """The reading as the size of a model that it fits best: the standard one, unless another fits better."""
+    found: list[Candidate] = []
+    for size in architecture.sizes:
+        found += _candidates(reading, size)
+        if found and found[-1].perfect:
+            break
+    return [max(found, key=lambda c: c.score)] if found else []
 
 
 def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate]:

@@ -65,7 +65,7 @@ def understand(bundle: Bundle, architecture: Architecture | None = None, layout:
             hint="it is no LoRA, or of a kind that is not known yet",
         )
     best = found.best
-    if architecture is not None and best.architecture is not architecture:
+    if architecture is not None and best.architecture not in architecture.sizes:
         raise UnknownModel(
             f"no key is a name of {architecture.title}", hint="leave --architecture or --base out to have it detected"
         )
@@ -75,6 +75,9 @@ def understand(bundle: Bundle, architecture: Architecture | None = None, layout:
     if found.tie:
         models = ", ".join(found.tie)
         note = f"could be any of {models}: nothing in the file tells them apart; name one with --architecture"
+        adapter = replace(adapter, notes=(*adapter.notes, note))
+    if found.kin:
+        note = f"may be for {' or '.join(found.kin)} as well, whose names are the same; --architecture tells"
         adapter = replace(adapter, notes=(*adapter.notes, note))
     return Opened(adapter, found)
 
