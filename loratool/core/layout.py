@@ -86,6 +86,10 @@ class Layout:
         """Every (component, voice) that may occur for a model, the written ones first."""
         return _voices(self, architecture)
 
+    def prefixes(self, architecture: Architecture) -> tuple[str, ...]:
+        """What a stem may begin with for a model."""
+        return _prefixes(self, architecture)
+
     def signed(self, metadata: Mapping[str, str]) -> bool:
         """Whether the header says that this layout's program wrote the file: it decides between equal spellings."""
         return False
@@ -249,6 +253,11 @@ class Layout:
             return f"{self.id} has no spelling for a DoRA magnitude"
         return None
 
+    def ready(self, modules: Sequence[Module]) -> tuple[Module, ...]:
+        """Modules without an obstacle as this layout can hold them, each the same update: a scale that it has no place
+        for is put into the factors."""
+        return tuple(modules)
+
     def suffix(self, module: Module, role: str) -> str:
         """The suffix of one of a module's factors."""
         return self.spelling[module.family.id, role]
@@ -258,8 +267,11 @@ class Layout:
 
         Extras are not written. Raises NotRepresentable with every module that this layout cannot express.
         """
-        voices = {**self.voices_for(adapter), **(voices or {})}
+        voices = dict(voices or {})
+        if any(component not in voices for component in adapter.components):
+            voices = {**self.voices_for(adapter), **voices}
         self.refuse(adapter.modules)
+        adapter = replace(adapter, modules=self.ready(adapter.modules))
         tensors: dict[str, LazyTensor] = {}
         for module in adapter.modules:
             tensors.update(self.spell(module, adapter.architecture, voices).values())
@@ -368,6 +380,11 @@ def _voices(layout: Layout, architecture: Architecture) -> Sequence[tuple[str, V
         for component, more in layout.derive(architecture).items():
             voices |= dict.fromkeys((component, voice) for voice in more)
     return tuple(voices)
+
+
+@cache
+def _prefixes(layout: Layout, architecture: Architecture) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(voice.prefix for _, voice in layout.voices(architecture)))
 
 
 @cache

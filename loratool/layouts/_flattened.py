@@ -11,14 +11,8 @@ class Flattened(Layout):
     """A layout of flattened names."""
 
     def rewrite(self, key: str) -> str:
-        """diffusers' `--output_kohya_format` writes `..._to_k_lora.down.weight` for `..._to_k.lora_down.weight`;
-        Wan-Fun writes `lora_unet__blocks_0` for `lora_unet_blocks_0`."""
-        if key.startswith(_DOUBLED):
-            key = _DOUBLED[:-1] + key[len(_DOUBLED) :]
-        if key.endswith(("_lora.down.weight", "_lora.up.weight")):
-            stem, _, rest = key.rpartition("_lora.")
-            return f"{stem}.lora_{rest}"
-        return key
+        """Wan-Fun writes `lora_unet__blocks_0` for `lora_unet_blocks_0`."""
+        return _DOUBLED[:-1] + key[len(_DOUBLED) :] if key.startswith(_DOUBLED) else key
 
     def split(self, key: str) -> tuple[str, str, str] | None:
         """As every layout, but only for flattened names: a stem with dots is another program's spelling."""

@@ -15,6 +15,14 @@ from loratool.layouts._suffixes import ALIASES, LYCORIS
 class Kohya(Flattened):
     """The flattened spelling of sd-scripts."""
 
+    def rewrite(self, key: str) -> str:
+        """diffusers' `--output_kohya_format` writes `..._to_k_lora.down.weight` for `..._to_k.lora_down.weight`."""
+        key = super().rewrite(key)
+        if key.endswith(("_lora.down.weight", "_lora.up.weight")):
+            stem, _, rest = key.rpartition("_lora.")
+            return f"{stem}.lora_{rest}"
+        return key
+
     def with_alphas(self, adapter: Adapter) -> Adapter:
         """sd-scripts' `split_qkv` makes the parts block-diagonal and leaves alpha as it was: said, not corrected."""
         if '"split_qkv": "true"' in adapter.metadata.get("ss_network_args", "").lower():

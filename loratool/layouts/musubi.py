@@ -14,7 +14,14 @@ from loratool.layouts._flattened import Flattened
 from loratool.layouts._suffixes import ALIASES, LYCORIS
 
 _PREFIX = "lora_unet_"
-_NETWORKS = ("networks.lora_", "networks.loha", "networks.lokr")
+_NETWORKS = frozenset(
+    f"networks.lora_{model}"
+    for model in (
+        *("wan", "framepack", "hv_1_5", "kandinsky", "qwen_image", "zimage"),
+        *("flux_2", "krea2", "ideogram4", "hidream_o1"),
+    )
+)
+"""`ss_network_module` of the models that sd-scripts has no network for."""
 
 
 def _voices(architecture: Architecture) -> Voices:
@@ -31,8 +38,9 @@ class Musubi(Flattened):
     """The flattened spelling of musubi-tuner."""
 
     def signed(self, metadata: Mapping[str, str]) -> bool:
-        """musubi-tuner names itself in its model spec, and its networks are called after the models."""
-        return "musubi" in metadata.get("modelspec.implementation", "")
+        """Its networks are called after the models."""
+        module = metadata.get("ss_network_module", "")
+        return module.startswith("musubi_tuner.") or module in _NETWORKS
 
 
 LAYOUT = Musubi(

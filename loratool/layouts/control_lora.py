@@ -1,0 +1,39 @@
+"""control-lora: Stability AI's Control-LoRAs: a ControlNet as updates of the UNet's encoder (`input_blocks.1.1.....down`). Read only.
+
+The marker `lora_controlnet`, the zero convolutions, the hint's blocks, norms and biases are tensors of their own: extras.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from loratool.core.adapter import Adapter
+from loratool.core.architecture import Architecture
+from loratool.core.layout import Layout, Voices
+from loratool.layouts._derived import renamed, written
+
+MARKER = "lora_controlnet"
+
+
+def _voices(architecture: Architecture) -> Voices:
+    voice = renamed(written(architecture, "comfyui").get("unet"), "")
+    return {} if architecture.open or voice is None else {"unet": (voice,)}
+
+
+class ControlLora(Layout):
+    """Pairs without `.weight`."""
+
+    def with_alphas(self, adapter: Adapter) -> Adapter:
+        """What it is, said: no program applies it to the UNet itself."""
+        note = "a Control-LoRA: its updates are for a ControlNet, a copy of the UNet's encoder, not for the UNet"
+        return replace(adapter, notes=(*adapter.notes, note))
+
+
+LAYOUT = ControlLora(
+    id="control-lora",
+    title="Stability AI Control-LoRA",
+    separator=".",
+    spelling={("lora", "down"): ".down", ("lora", "up"): ".up"},
+    writable=False,
+    derive=_voices,
+)
