@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from loratool.core.errors import NotExact
 from loratool.core.module import Module
+from loratool.core.tensor import same_bytes, scaled
 
 _WIDE = ("F64", "F32")
+_OUTER = ("up", "embedding_B", "bias")
 
 TAKE_SCALE = "write float32 factors, which can take any scale: --dtype fp32"
 """The way out of what `stuck` says."""
@@ -28,12 +31,16 @@ def stuck(module: Module, scale: float) -> str | None:
 
 
 def at_scale(module: Module, scale: float) -> Module:
-    """The module with the same update at another scale: its factors take the difference. Itself if it has that scale.
+    """A LoRA module with the same update at another scale: its outer factor takes the difference. Itself if it has it.
 
-    Raises TooLarge where the factors' dtype cannot hold the values.
+    Narrow factors are read, to see that nothing is lost: NotExact where a value would leave the range of the dtype.
     """
     if module.scale == scale:
         return module
-    factors = module.family.scaled(module.factors, module.scale / scale)
-    plain = replace(module, factors=factors, alpha=None)
+    gain = module.scale / scale
+    outer = {role: scaled(factor, gain) for role, factor in module.factors.items() if role in _OUTER}
+    for role, factor in outer.items():
+        if factor.dtype not in _WIDE and not same_bytes(scaled(factor, 1 / gain), module.factors[role]):
+            raise NotExact(f"{factor.dtype} cannot hold its values times {gain:g}", key=module.title, hint=TAKE_SCALE)
+    plain = replace(module, factors={**module.factors, **outer}, alpha=None)
     return plain if scale == 1.0 else replace(plain, alpha=module.family.alpha(plain.shapes, scale))

@@ -7,12 +7,18 @@ from loratool.core.layout import Layout
 _DOUBLED = "lora_unet__"
 
 
+def single_underscore(key: str) -> str:
+    """Wan-Fun, and others with a model in a module without a name, write `lora_unet__blocks_0` for
+    `lora_unet_blocks_0`."""
+    return _DOUBLED[:-1] + key[len(_DOUBLED) :] if key.startswith(_DOUBLED) else key
+
+
 class Flattened(Layout):
     """A layout of flattened names."""
 
     def rewrite(self, key: str) -> str:
-        """Wan-Fun writes `lora_unet__blocks_0` for `lora_unet_blocks_0`."""
-        return _DOUBLED[:-1] + key[len(_DOUBLED) :] if key.startswith(_DOUBLED) else key
+        """See `single_underscore`."""
+        return single_underscore(key)
 
     def split(self, key: str) -> tuple[str, str, str] | None:
         """As every layout, but only for flattened names: a stem with dots is another program's spelling."""

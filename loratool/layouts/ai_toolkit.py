@@ -1,5 +1,5 @@
-"""ai-toolkit: what Ostris' ai-toolkit writes for transformers: dotted names, `lora_A` / `lora_B` and no alpha, which it trains
-at the rank; a LoKr has one.
+"""ai-toolkit: what Ostris' ai-toolkit writes for transformers. Dotted names, `lora_A` / `lora_B` and no alpha, since it
+trains with alpha at the rank; a LoKr has one.
 
 FLUX.1, SD3 and a few others of their time: diffusers' names behind `transformer.`. Newer models: the names of the model
 code it trains with, behind `diffusion_model.`, most often those that ComfyUI has. Its UNets are spelled as kohya's.

@@ -1,6 +1,7 @@
-"""control-lora: Stability AI's Control-LoRAs: a ControlNet as updates of the UNet's encoder (`input_blocks.1.1.....down`). Read only.
+"""control-lora: Stability AI's Control-LoRAs, a ControlNet as updates of the UNet's encoder. Read only.
 
-The marker `lora_controlnet`, the zero convolutions, the hint's blocks, norms and biases are tensors of their own: extras.
+Keys are `input_blocks.1.1.transformer_blocks.0.attn1.to_q.down` and `.up`.
+The marker `lora_controlnet`, zero convolutions, the hint's blocks, norms and biases are tensors of their own: extras.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""native: the model's own names with nothing in front: Black Forest Labs' control LoRAs, OneTrainer's ORIGINAL. Read only.
+"""native: the model's own names with nothing in front. Read only.
 
+Black Forest Labs' control LoRAs are spelled so, and OneTrainer's format ORIGINAL.
 `lora_A` / `lora_B`, with a bias (`lora_B.bias`) and the norms' new scales (`query_norm.scale`) in control LoRAs; alpha
 beside the factors in OneTrainer's.
 """
@@ -31,7 +32,7 @@ LAYOUT = Native(
     id="native",
     title="native names (BFL control LoRAs, OneTrainer's ORIGINAL)",
     separator=".",
-    spelling={**WITH_A_AND_B, ("lora", "bias"): ".lora_B.bias"},
+    spelling={**WITH_A_AND_B, ("lora", "bias"): ".lora_B.bias", ("set", "weight"): ".scale"},
     aliases={
         ".lora_down.weight": ("lora", "down"),
         ".lora_up.weight": ("lora", "up"),

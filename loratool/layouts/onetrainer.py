@@ -1,5 +1,5 @@
-"""onetrainer: what OneTrainer wrote for years and calls its legacy format: a mixture of diffusers' module paths, flattened, with
-kohya's suffixes behind `lora_transformer_`, `lora_unet_` and `lora_te1_`, `lora_te2_`, ...
+"""onetrainer: what OneTrainer wrote for years and calls its legacy format. A mixture of diffusers' module paths,
+flattened, with kohya's suffixes, behind `lora_transformer_`, `lora_unet_` and `lora_te1_`, `lora_te2_`, ...
 
 A model with one text encoder of its own has `lora_te_`. alpha stands beside the factors, a DoRA magnitude is by default
 per input column. Bundled embeddings (`bundle_emb.*`) are extras. Its dotted format is the layout `omi`.
