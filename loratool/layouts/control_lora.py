@@ -13,7 +13,8 @@ from loratool.core.architecture import Architecture
 from loratool.core.layout import Layout, Voices
 from loratool.layouts._derived import renamed, written
 
-MARKER = "lora_controlnet"
+WHOLE = "ControlNet"
+"""The family of its tensors that are no updates: a kind without a plug-in, whose tensors are extras."""
 
 
 def _voices(architecture: Architecture) -> Voices:
@@ -35,6 +36,7 @@ LAYOUT = ControlLora(
     title="Stability AI Control-LoRA",
     separator=".",
     spelling={("lora", "down"): ".down", ("lora", "up"): ".up"},
+    aliases={".weight": (WHOLE, "weight"), ".bias": (WHOLE, "bias")},
     writable=False,
     derive=_voices,
 )
