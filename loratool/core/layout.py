@@ -194,7 +194,7 @@ class Layout:
             raise FormatError(f"one module of two families: {names}", key=stem)
         (family_id, roles), *_ = group.by_family.items()
         family = families()[family_id]
-        factors = {role: bundle.tensors[key] for role, key in roles.items()}
+        factors = self.read_factors(family_id, {role: bundle.tensors[key] for role, key in roles.items()})
         shapes = {role: factor.shape for role, factor in factors.items()}
         problem = family.problem(shapes)
         if problem is not None:
@@ -214,6 +214,10 @@ class Layout:
             magnitude = self.canonical_magnitude(bundle.tensors[key], shape, key, columns)
         keys = {**roles, **group.shared}
         return said, Module(said.targets_at(shape), family, factors, alpha, magnitude, keys)
+
+    def read_factors(self, family: str, factors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+        """Factors by the family's roles and in its shapes, where a spelling has others."""
+        return factors
 
     def canonical_magnitude(
         self, stored: LazyTensor, shape: tuple[int, ...], key: str, per_column: bool = False
@@ -320,7 +324,10 @@ class Layout:
     ) -> dict[str, tuple[str, LazyTensor]]:
         """role -> (key, tensor) of everything that is stored for one module."""
         stem = self.stem(module, architecture, voices)
-        spelled = {role: (stem + self.suffix(module, role), factor) for role, factor in module.factors.items()}
+        spelled = {
+            role: (stem + self.suffix(module, role), self.stored_factor(module, role, factor))
+            for role, factor in module.factors.items()
+        }
         if module.magnitude is not None:
             spelled[MAGNITUDE] = stem + self.spelling[ANY, MAGNITUDE], self.stored_magnitude(module)
         alpha = self.alpha_tensor(module)
@@ -354,6 +361,10 @@ class Layout:
             return None
         alpha = module.alpha if module.alpha is not None else float(module.rank)
         return alpha_scalar(alpha, module.dtype)
+
+    def stored_factor(self, module: Module, role: str, factor: LazyTensor) -> LazyTensor:
+        """A factor in the shape that this layout stores: the inverse of `read_factors`."""
+        return factor
 
     def stored_magnitude(self, module: Module) -> LazyTensor:
         """The magnitude in the shape that this layout stores."""

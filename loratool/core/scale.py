@@ -33,8 +33,11 @@ def stuck(module: Module, scale: float) -> str | None:
 def at_scale(module: Module, scale: float) -> Module:
     """A LoRA module with the same update at another scale: its outer factor takes the difference. Itself if it has it.
 
-    Narrow factors are read, to see that nothing is lost: NotExact where a value would leave the range of the dtype.
+    NotExact where `stuck` says why, and where a value leaves the range of its dtype: narrow factors are read for that.
     """
+    reason = stuck(module, scale)
+    if reason is not None:
+        raise NotExact(reason, key=module.title, hint=TAKE_SCALE)
     if module.scale == scale:
         return module
     gain = module.scale / scale

@@ -365,6 +365,22 @@ def scaled(tensor: LazyTensor, gain: float) -> LazyTensor:
     return LazyTensor.computed(tensor.shape, dtype, lambda: (tensor.load().double() * gain).to(torch_dtype(dtype)))
 
 
+def transposed(tensor: LazyTensor) -> LazyTensor:
+    """A matrix with rows and columns exchanged, lazily; the matrix itself when done twice."""
+    if isinstance(tensor.source, _Transposed):
+        return tensor.source.matrix
+    turned = LazyTensor.computed(tensor.shape[::-1], tensor.dtype, lambda: tensor.load().T.contiguous())
+    return LazyTensor(turned.shape, turned.dtype, _Transposed(turned.nbytes, turned.read, tensor))
+
+
+class _Transposed(Computed):
+    """Remembers what it is the transpose of."""
+
+    def __init__(self, nbytes: int, make: Callable[[], memoryview | bytes], matrix: LazyTensor) -> None:
+        super().__init__(nbytes, make)
+        self.matrix = matrix
+
+
 def torch_dtype(code: str) -> torch.dtype:
     """torch's dtype for a safetensors code. Raises FormatError when torch has none."""
     import torch

@@ -65,7 +65,7 @@ def convert(adapter: Adapter, to: str, *, dtype: str | None = None, drop_extras:
     )
     header[origin.ENTRY] = origin.encode(ticket)
     return Converted(
-        Bundle({**spelled.bundle.tensors, **extras.in_file}, header, spelled.bundle.side_files),
+        replace(spelled.bundle, tensors={**spelled.bundle.tensors, **extras.in_file}, metadata=header),
         spoken,
         layout,
         carried=tuple(extras.in_header),
@@ -106,7 +106,7 @@ def _return(adapter: Adapter, layout: Layout) -> Converted | None:
         spoken = replace(adapter, modules=groups.modules)
         written = layout.write(spoken, ticket.spoken())
         # The ticket says how this header differs from the original's: what is written today has no part in it.
-        bundle = origin.restored(Bundle(written.tensors, adapter.metadata), ticket)
+        bundle = origin.restored(replace(written, metadata=adapter.metadata), ticket)
         bundle = replace(bundle, tensors={**bundle.tensors, **adapter.extras})
         again = layout.read(bundle, adapter.architecture)
     except (LoratoolError, LookupError, ValueError, TypeError, AttributeError):

@@ -200,7 +200,7 @@ def restored(bundle: Bundle, ticket: Ticket) -> Bundle:
     metadata = {key: value for key, value in bundle.metadata.items() if key not in ticket.metadata}
     metadata |= {key: value for key, value in ticket.metadata.items() if value is not None}
     ordered = {key: metadata.pop(key) for key in ticket.order if key in metadata}
-    return Bundle(tensors, {**ordered, **metadata}, dict(ticket.side_files))
+    return replace(bundle, tensors=tensors, metadata={**ordered, **metadata}, side_files=dict(ticket.side_files))
 
 
 def changes(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:
