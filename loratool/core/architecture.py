@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
+from typing import Any
 
 from loratool.core.blocks import Blocks
 from loratool.core.naming import Naming
@@ -81,7 +82,8 @@ class Architecture:
     voices that occur in files. `facts` are `ss_*` / `modelspec.*` metadata that are true of every
     adapter for this model. `blocks` are the parts that block weights may be given for, None where no list of them is
     known. An `open` architecture has no tables: any name is a target. `variants` are its other sizes. `kin` is the id
-    of the model that this one was made from, names kept: a file that may be for either is taken for that one.
+    of the model that this one was made from, names kept: a file that may be for either is taken for that one. `config`
+    is the model's own `config.json`, where a checkpoint's folder has one.
     """
 
     id: str
@@ -95,6 +97,7 @@ class Architecture:
     open: bool = False
     variants: tuple[Variant, ...] = ()
     kin: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def sizes(self) -> tuple[Architecture, ...]:

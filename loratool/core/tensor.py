@@ -255,6 +255,12 @@ class LazyTensor:
             values = self.load().float().numpy()
         return values.reshape(self.shape).astype(dtype)
 
+    def octets(self) -> Array:
+        """The stored bytes as an array of uint8, `(bytes,)`."""
+        import numpy
+
+        return numpy.frombuffer(bytes(self.read()), "u1")
+
     def item(self) -> float:
         """The value of a one-element tensor, without torch. Raises FormatError for other sizes and dtypes."""
         if self.numel != 1:

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from loratool.core.adapter import CONFIG, MLX, Bundle
+from loratool.core.adapter import CONFIG, GGUF, MLX, Bundle
 from loratool.core.errors import FormatError, LoratoolError
 from loratool.core.tensor import LazyTensor
 from loratool.files.atomic import atomic_write
+from loratool.files.gguf import is_gguf, read_gguf, write_gguf
 from loratool.files.safetensors import file_size, read_header, write_safetensors
 
 MODEL = "adapter_model.safetensors"
@@ -38,6 +39,8 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     try:
         if place.is_dir():
             return _read_folder(place)
+        if is_gguf(place):
+            return read_gguf(place)
         sides = {}
         config = place.with_name(CONFIG)
         if place.name in (MODEL, MLX_MODEL) and config.is_file():
@@ -83,7 +86,7 @@ def adapters_in(path: str | os.PathLike[str]) -> list[str]:
     found = [
         entry
         for entry in sorted(place.iterdir())
-        if entry.suffix == ".safetensors" or (entry.is_dir() and (entry / CONFIG).is_file())
+        if entry.suffix in (".safetensors", ".gguf") or (entry.is_dir() and (entry / CONFIG).is_file())
     ]
     return [str(entry) for entry in found] or [str(path)]
 
@@ -172,7 +175,10 @@ def write_bundle(
     place = Path(path)
     if not folder:
         with atomic_write(place, overwrite=overwrite) as temporary:
-            write_safetensors(temporary, bundle.tensors, bundle.metadata, hashes=hashes, progress=progress)
+            if bundle.container == GGUF:
+                write_gguf(temporary, bundle.tensors, bundle.metadata)
+            else:
+                write_safetensors(temporary, bundle.tensors, bundle.metadata, hashes=hashes, progress=progress)
             if check is not None:
                 check(str(temporary))
         return

@@ -95,7 +95,9 @@ class Mlx(Layout):
         if len(ranks) > 1:
             odd = tuple(m.title for m in modules if m.rank != ranks.most_common(1)[0][0])
             hint = f"make them one rank first: loratool resize --rank {min(ranks)}"
-            raise NotRepresentable(f"{self.id} has one rank for all modules: here are {len(ranks)}", modules=odd, hint=hint)
+            raise NotRepresentable(
+                f"{self.id} has one rank for all modules: here are {len(ranks)}", modules=odd, hint=hint
+            )
         plain = tuple(module.title for module in modules if module.magnitude is None)
         if plain and len(plain) < len(modules):
             raise NotRepresentable(f"{self.id} knows DoRA only for all modules: {len(plain)} have none", modules=plain)
