@@ -1,4 +1,4 @@
-"""Language models' spellings: mlx-lm's folder and llama.cpp's GGUF, held against what these programs themselves make."""
+"""Language models: mlx-lm's folder and llama.cpp's GGUF, held against what these programs themselves make."""
 
 from __future__ import annotations
 
