@@ -37,7 +37,7 @@ class Candidate:
     consistent: float = 0.0
     written: float = 0.0
     signed: bool = False
-    own: bool = False
+    table: bool = False
 
     @property
     def perfect(self) -> bool:
@@ -53,7 +53,7 @@ class Candidate:
     def preference(self) -> float:
         """What decides between spellings that read the same: the program that the header names, the voices that are
         written, and a layout in the architecture's own table before one whose voices are derived."""
-        return 0.002 * self.signed + 0.001 * self.written + 0.0002 * self.own
+        return 0.002 * self.signed + 0.001 * self.written + 0.0002 * self.table
 
 
 @dataclass(frozen=True, eq=False)
