@@ -86,8 +86,9 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
     readings: list[_Reading] = []
     likely: list[tuple[_Reading, Architecture]] = []
     unlikely: list[tuple[_Reading, Architecture]] = []
-    for spelling in [layouts()[layout]] if layout else layouts().values():
-        stems = {parts[0] for key in sample if (parts := spelling.split(key)) is not None}
+    spellings = [layouts()[layout]] if layout else list(layouts().values())
+    heard = {one: {parts[0] for key in sample if (parts := one.split(key)) is not None} for one in spellings}
+    for spelling, stems in heard.items():
         if not stems:
             continue
         reading = _Reading(bundle, spelling)
@@ -97,6 +98,8 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
             prefixes = spelling.prefixes(table)
             if not prefixes or not any(stem.startswith(prefixes) for stem in begun):
                 continue  # most are not: nothing of their tables is built
+            if _echo(spelling, table, heard, bundle.metadata):
+                continue
             known = sum(bool(spelling.resolve(stem, table, bundle.metadata)) for stem in stems)
             if known:
                 (likely if known >= ENOUGH / 2 * len(stems) else unlikely).append((reading, table))
@@ -115,6 +118,21 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
             return Detection(best, tuple(candidates), kin=kin)
         return _open(readings, tuple(candidates), tuple(dict.fromkeys(c.architecture.id for c in rivals)))
     return _open(readings, tuple(candidates), ())
+
+
+def _echo(layout: Layout, table: Architecture, heard: Mapping[Layout, set[str]], metadata: Mapping[str, str]) -> bool:
+    """Whether a layout with derived voices writes nothing for a model that another one of its own does not write
+    alike, knows no key that the other does not, and is not named in the header: it would be second anyway."""
+    if layout.id in table.writes or layout.signed(metadata):
+        return False
+    written = layout.written(table).items()
+    return any(
+        other.id in table.writes
+        and other.separator == layout.separator
+        and stems >= heard[layout]
+        and other.written(table).items() >= written
+        for other, stems in heard.items()
+    )
 
 
 def _named_in(metadata: Mapping[str, str], rivals: Sequence[Candidate]) -> list[Candidate]:

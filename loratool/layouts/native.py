@@ -15,9 +15,11 @@ from loratool.layouts._suffixes import UNREAD, WITH_A_AND_B
 
 
 def _voices(architecture: Architecture) -> Voices:
-    main = main_component(architecture)
-    voices = distinct(renamed(written(architecture, "comfyui").get(main or ""), ""))
-    return {main: voices} if main and voices else {}
+    main = main_component(architecture) or ""
+    native, split = written(architecture, "comfyui").get(main), written(architecture, "diffusers").get(main)
+    if native is None or (split is not None and split.naming == native.naming):
+        return {}  # bare names of diffusers are diffusers'
+    return {main: distinct(renamed(native, ""))}
 
 
 class Native(Layout):
