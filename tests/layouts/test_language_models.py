@@ -26,8 +26,8 @@ from loratool.ops.open import open_adapter, understand
 from tests.contracts import assert_same_tensors, check_layout
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "gguf"
-"""Made by llama.cpp's convert_lora_to_gguf.py (in llama-cpp-python 0.3.36) of the PEFT folders beside them: f16, 4 heads of
-8 rows in q, 2 in k, one layer, an embedding, lora_alpha 3 at rank 2."""
+"""Made by llama.cpp's convert_lora_to_gguf.py (in llama-cpp-python 0.3.36) of the PEFT folders beside them: f16, one
+layer, 4 heads of 8 rows in q and 2 in k, an embedding, lora_alpha 3 at rank 2."""
 
 WIDTH, MLP, WORDS, HEADS, KV = 32, 48, 20, 4, 2
 LINEARS = {
