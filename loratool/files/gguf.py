@@ -21,9 +21,12 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as GGUF files do."""
-    with Path(path).open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
+    """Whether a file begins as GGUF files do; a file that cannot be read does not."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
 
 
 def read_gguf(path: str | os.PathLike[str]) -> Bundle:

@@ -34,6 +34,9 @@ METADATA = "lora_adapter_metadata"
 _PROCESSOR = re.compile(r"(?:\.processor)?\.(to_[qkv]|to_out|add_[kqv]_proj|to_add_out)_lora\.(up|down)\.weight$")
 _OF_ENCODERS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _WRAPPER = ".base_model.model."
+_NORMS = (".norm_q", ".norm_k", ".norm_added_q", ".norm_added_k")
+"""The norms whose whole weight diffusers takes from a control LoRA."""
+
 _RANKED_IN_ENCODERS = (".q_proj", ".k_proj", ".v_proj", ".out_proj", ".fc1", ".fc2")
 _TODAY = {"up": "lora_B", "down": "lora_A"}
 
@@ -53,6 +56,11 @@ class Diffusers(Layout):
             path = _OF_ENCODERS.get(match[1], path)
         return f"{key[: match.start()]}.{path}.{_TODAY[match[2]]}.weight"
 
+    def split(self, key: str) -> tuple[str, str, str] | None:
+        """A whole weight is a control LoRA's only where it is an attention norm's."""
+        parts = super().split(key)
+        return None if parts is not None and parts[1] == "set" and not parts[0].endswith(_NORMS) else parts
+
     def with_alphas(self, adapter: Adapter) -> Adapter:
         """Alphas from the header, where there is none beside the factors."""
         text = adapter.metadata.get(METADATA)
@@ -70,8 +78,8 @@ class Diffusers(Layout):
 
     def obstacle(self, module: Module) -> str | None:
         """diffusers' magnitude is PEFT's: per output feature. Of whole weights it loads those of norms."""
-        if module.family.id == "set" and len(module.shape) > 1:
-            return f"{self.id} replaces the weights of norms only"
+        if module.family.id == "set" and not module.targets[0].path.endswith(_NORMS):
+            return f"{self.id} replaces the weights of attention norms only"
         return peft_obstacle(module, self.id) or super().obstacle(module)
 
     def stored_magnitude(self, module: Module) -> LazyTensor:
