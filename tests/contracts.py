@@ -27,7 +27,15 @@ ONE_COMPONENT_CHECKPOINTS = frozenset({"diffusers", "diffusers-short"})
 
 
 def check_architecture(architecture: Architecture) -> None:
-    """Namings are bijections over the same targets, shapes add up, voices exist and never say two things."""
+    """In every size namings are bijections over the same targets, shapes add up, voices exist and never say two things;
+    and no two sizes are the same."""
+    for size in architecture.sizes:
+        _check_size(size)
+    assert len({size.title for size in architecture.sizes}) == len(architecture.sizes), "two sizes with one title"
+    assert len({size.targets for size in architecture.sizes}) == len(architecture.sizes), "two sizes that are the same"
+
+
+def _check_size(architecture: Architecture) -> None:
     assert architecture.components, "an architecture has components"
     for component in architecture.components:
         _check_namings(architecture, component)

@@ -39,18 +39,22 @@ class _Tables:
     diffusers: dict[str, tuple[Target, ...]] = field(default_factory=dict)
     bfl: dict[str, tuple[Target, ...]] = field(default_factory=dict)
     omi: dict[str, tuple[Target, ...]] = field(default_factory=dict)
+    xlabs: dict[str, tuple[Target, ...]] = field(default_factory=dict)
     tensor_keys: dict[str, str] = field(default_factory=dict)
 
 
 def transformer_namings(spec: FluxTransformer) -> dict[str, Naming]:
-    """The namings `diffusers` (canonical), `bfl` (q, k, v and the MLP fused) and `omi`.
+    """The namings `diffusers` (canonical), `bfl` (q, k, v and the MLP fused), `omi` and `xlabs`.
 
-    `omi` is OneTrainer's: BFL's names, but fused weights in numbered parts (`img_attn.qkv.0`).
+    `omi` is OneTrainer's: BFL's names, but fused weights in numbered parts (`img_attn.qkv.0`). `xlabs` is that of
+    XLabs' attention processors, which split a single block's linear1 into q, k, v and the MLP; they have no other
+    weights, so that the rest is named as BFL does.
     """
     tables = _Tables()
     for name, parts in _rows(spec):
         targets = tuple(Target(COMPONENT, path, shape) for path, shape in parts)
         tables.bfl[name] = targets
+        tables.xlabs |= _xlabs_names(name, targets)
         if name.endswith("_norm"):
             tables.tensor_keys[name] = f"{name}.scale"
         if _is_final_modulation(name):
@@ -65,6 +69,7 @@ def transformer_namings(spec: FluxTransformer) -> dict[str, Naming]:
         "diffusers": Naming(tables.diffusers),
         "bfl": Naming(tables.bfl, tables.tensor_keys),
         "omi": Naming(tables.omi, tables.tensor_keys),
+        "xlabs": Naming(tables.xlabs, tables.tensor_keys),
     }
 
 
@@ -76,6 +81,25 @@ def _omi_name(name: str, index: int, parts: int) -> str:
     if name == "img_in":
         return "img_in.proj"
     return name if parts == 1 else f"{name}.{index}"
+
+
+_XLABS = {
+    "img_attn.qkv": "processor.qkv_lora1",
+    "txt_attn.qkv": "processor.qkv_lora2",
+    "img_attn.proj": "processor.proj_lora1",
+    "txt_attn.proj": "processor.proj_lora2",
+    "linear2": "processor.proj_lora",
+}
+"""BFL's names inside a block -> those of XLabs' processors."""
+
+
+def _xlabs_names(name: str, targets: tuple[Target, ...]) -> dict[str, tuple[Target, ...]]:
+    kind, _, rest = name.partition(".")
+    number, _, inner = rest.partition(".")
+    block = f"{kind}.{number}."
+    if inner == "linear1":
+        return {f"{block}processor.qkv_lora": targets[:3], f"{block}linear1.mlp": targets[3:]}
+    return {block + _XLABS[inner] if inner in _XLABS else name: targets}
 
 
 def _rows(spec: FluxTransformer) -> Iterator[Row]:
@@ -192,8 +216,10 @@ ARCHITECTURE = Architecture(
             "text_encoder": Voice("base_model.model.", "hf-short"),
             "text_encoder_2": Voice("base_model.model.", "hf"),
         },
+        "xlabs": {"transformer": Voice("", "xlabs")},
     },
     reads={
+        "xlabs": {"transformer": (Voice("diffusion_model.", "xlabs"),)},  # as ComfyUI's wrapper of x-flux saves it
         "kohya": {
             "transformer": (
                 Voice("lora_unet_", "diffusers"),

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 
 def convert(
     file: Annotated[str, typer.Argument(metavar="IN", help="A LoRA file or a PEFT folder.")],
-    to: Annotated[str, typer.Option("--to", metavar="LAYOUT", help="kohya, diffusers, peft or comfyui.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="LAYOUT",
+            help="kohya, diffusers, peft, comfyui, onetrainer, omi, musubi, lycoris, ai-toolkit, mlx or gguf.",
+        ),
+    ],
     output: Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="The new file (peft: a folder).")],
     dtype: Annotated[
         Optional[str], typer.Option("--dtype", metavar="DTYPE", help="Cast the factors: fp32, fp16, bf16, ...")

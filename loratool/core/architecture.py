@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, lru_cache
+from typing import Any
 
 from loratool.core.blocks import Blocks
 from loratool.core.naming import Naming
@@ -59,6 +60,19 @@ OPEN_NAMING = OpenNaming()
 
 
 @dataclass(frozen=True, eq=False)
+class Variant:
+    """Another size of a model whose programs and spellings are the same: other shapes, other counts of blocks.
+
+    What is empty here is the standard size's. `components` may replace tables or add some.
+    """
+
+    title: str
+    components: Mapping[str, Callable[[], Namings]] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)
+    blocks: Blocks | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Architecture:
     """The targets of one model, their namings, and which layout speaks which naming with which prefix.
 
@@ -67,7 +81,9 @@ class Architecture:
     `writes[layout][component]` is the voice a layout is written in; `reads[layout][component]` more
     voices that occur in files. `facts` are `ss_*` / `modelspec.*` metadata that are true of every
     adapter for this model. `blocks` are the parts that block weights may be given for, None where no list of them is
-    known. An `open` architecture has no tables: any name is a target.
+    known. An `open` architecture has no tables: any name is a target. `variants` are its other sizes. `kin` is the id
+    of the model that this one was made from, names kept: a file that may be for either is taken for that one. `config`
+    is the model's own `config.json`, where a checkpoint's folder has one.
     """
 
     id: str
@@ -79,10 +95,33 @@ class Architecture:
     facts: Mapping[str, str] = field(default_factory=dict)
     blocks: Blocks | None = None
     open: bool = False
+    variants: tuple[Variant, ...] = ()
+    kin: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def sizes(self) -> tuple[Architecture, ...]:
+        """This model in each of its sizes, the standard one first. All have one id; the title tells which."""
+        return (self, *(self._sized(variant) for variant in self.variants))
+
+    def _sized(self, variant: Variant) -> Architecture:
+        return replace(
+            self,
+            title=variant.title,
+            components={**self.components, **variant.components},
+            facts={**self.facts, **variant.facts},
+            blocks=variant.blocks or self.blocks,
+            variants=(),
+        )
 
     def namings(self, component: str) -> Namings:
         """The namings of one component, built once."""
         return _built(self.components[component])
+
+    @cached_property
+    def targets(self) -> frozenset[Target]:
+        """Every target of every component; builds all tables."""
+        return frozenset().union(*(next(iter(self.namings(name).values())).targets for name in self.components))
 
     def naming(self, component: str, naming: str) -> Naming:
         """One naming of one component; KeyError if there is none."""
@@ -95,9 +134,12 @@ class Architecture:
             spoken += [(component, voice) for voice in voices]
         return spoken
 
-    def resolver(self, layout: str, separator: str) -> Resolver:
-        """The function from a key's stem, as `layout` spells it, to everything it may name, best first."""
-        return _resolver(self, layout, separator)
+    def resolver(self, voices: Sequence[tuple[str, Voice]], separator: str) -> Resolver:
+        """The function from a key's stem, spelled with `separator`, to everything it may name in `voices`, best first.
+
+        It remembers what it has resolved: make it once.
+        """
+        return _resolver(self, voices, separator)
 
 
 @cache
@@ -105,9 +147,7 @@ def _built(build: Callable[[], Namings]) -> Namings:
     return build()
 
 
-@cache
-def _resolver(architecture: Architecture, layout: str, separator: str) -> Resolver:
-    voices = architecture.voices(layout)
+def _resolver(architecture: Architecture, voices: Sequence[tuple[str, Voice]], separator: str) -> Resolver:
     if architecture.open:
 
         def resolve(stem: str) -> Sequence[Spoken]:

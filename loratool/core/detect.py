@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -36,25 +36,40 @@ class Candidate:
     fitting: float = 0.0
     consistent: float = 0.0
     written: float = 0.0
+    signed: bool = False
+    table: bool = False
+
+    @property
+    def perfect(self) -> bool:
+        """Whether every stem has a name in the tables, and every shape is the standard model's."""
+        return self.resolved == self.fitting == 1
 
     @property
     def score(self) -> float:
         """Names first; sizes tell apart models that share names; written spellings win over aliases."""
-        return self.resolved * (0.5 + 0.3 * self.fitting + 0.2 * self.consistent) + 0.001 * self.written
+        return self.resolved * (0.5 + 0.3 * self.fitting + 0.2 * self.consistent) + self.preference
+
+    @property
+    def preference(self) -> float:
+        """What decides between spellings that read the same: the program that the header names, the voices that are
+        written, and a layout in the architecture's own table before one whose voices are derived."""
+        return 0.002 * self.signed + 0.001 * self.written + 0.0002 * self.table
 
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """The best reading, and what came nearest."""
+    """The best reading, and what came nearest. `tie` are the ids of models between which nothing decides, `kin` the
+    titles of models made from the best one, which the file may be for as well."""
 
     best: Candidate
     candidates: tuple[Candidate, ...]
     tie: tuple[str, ...] = ()
+    kin: tuple[str, ...] = ()
 
     @property
     def runner_up(self) -> Candidate | None:
         """The best reading as another architecture, or None."""
-        others = [c for c in self.candidates if c.architecture is not self.best.architecture]
+        others = [c for c in self.candidates if c.architecture.id != self.best.architecture.id]
         return others[0] if others else None
 
 
@@ -71,13 +86,20 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
     readings: list[_Reading] = []
     likely: list[tuple[_Reading, Architecture]] = []
     unlikely: list[tuple[_Reading, Architecture]] = []
-    for spelling in [layouts()[layout]] if layout else layouts().values():
-        stems = {parts[0] for key in sample if (parts := spelling.split(key)) is not None}
+    spellings = [layouts()[layout]] if layout else list(layouts().values())
+    heard = {one: {parts[0] for key in sample if (parts := one.split(key)) is not None} for one in spellings}
+    for spelling, stems in heard.items():
         if not stems:
             continue
         reading = _Reading(bundle, spelling)
         readings.append(reading)
+        begun = stems | {stem.rpartition("/")[2] for stem in stems}  # a folder's components have sub-folders
         for table in tables:
+            prefixes = spelling.prefixes(table)
+            if not prefixes or not any(stem.startswith(prefixes) for stem in begun):
+                continue  # most are not: nothing of their tables is built
+            if _echo(spelling, table, heard, bundle.metadata):
+                continue
             known = sum(bool(spelling.resolve(stem, table, bundle.metadata)) for stem in stems)
             if known:
                 (likely if known >= ENOUGH / 2 * len(stems) else unlikely).append((reading, table))
@@ -87,11 +109,42 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
     believed = [c for c in candidates if c.resolved > ENOUGH]
     if believed:
         rivals = [c for c in believed if c.score > believed[0].score - CLOSE]
-        ids = dict.fromkeys(c.architecture.id for c in rivals)
-        if len(ids) == 1:
-            return Detection(believed[0], tuple(candidates))
-        return _open(readings, tuple(candidates), tuple(ids))
+        rivals = _named_in(bundle.metadata, rivals)
+        models = {c.architecture.id: c.architecture for c in reversed(rivals)}
+        origin = _origin(models)
+        if origin is not None:
+            best = next(c for c in rivals if c.architecture.id == origin)
+            kin = tuple(one.title for name, one in models.items() if name != origin)
+            return Detection(best, tuple(candidates), kin=kin)
+        return _open(readings, tuple(candidates), tuple(dict.fromkeys(c.architecture.id for c in rivals)))
     return _open(readings, tuple(candidates), ())
+
+
+def _echo(layout: Layout, table: Architecture, heard: Mapping[Layout, set[str]], metadata: Mapping[str, str]) -> bool:
+    """Whether a layout with derived voices writes nothing for a model that another one of its own does not write
+    alike, knows no key that the other does not, and is not named in the header: it would be second anyway."""
+    if layout.id in table.writes or layout.signed(metadata):
+        return False
+    written = layout.written(table).items()
+    return any(
+        other.id in table.writes
+        and other.separator == layout.separator
+        and stems >= heard[layout]
+        and other.written(table).items() >= written
+        for other, stems in heard.items()
+    )
+
+
+def _named_in(metadata: Mapping[str, str], rivals: Sequence[Candidate]) -> list[Candidate]:
+    """Of equally good readings those whose model the header names; all if it names none, or all alike."""
+    agreeing = [sum(metadata.get(key) == fact for key, fact in c.architecture.facts.items()) for c in rivals]
+    return [c for c, count in zip(rivals, agreeing, strict=True) if count == max(agreeing)]
+
+
+def _origin(models: Mapping[str, Architecture]) -> str | None:
+    """The one model that all others were made from; None if there are several."""
+    own = [name for name, model in models.items() if model.kin not in models]
+    return own[0] if len(own) == 1 else None
 
 
 class _Reading:
@@ -120,9 +173,9 @@ def _open(readings: list[_Reading], candidates: tuple[Candidate, ...], tie: tupl
     found: list[Candidate] = []
     for reading in readings:
         for architecture in architectures().values():
-            if architecture.open and architecture.voices(reading.layout.id):
+            if architecture.open and reading.layout.voices(architecture):
                 found += _candidates(reading, architecture)
-    found = sorted((c for c in found if c.resolved > 0), key=lambda c: -(c.resolved + 0.001 * c.written))
+    found = sorted((c for c in found if c.resolved > 0), key=lambda c: -(c.resolved + c.preference))
     if found:
         return Detection(found[0], candidates, tie)
     for reading in readings:
@@ -133,8 +186,18 @@ def _open(readings: list[_Reading], candidates: tuple[Candidate, ...], tie: tupl
 
 def _ranked(pairs: Iterable[tuple[_Reading, Architecture]]) -> list[Candidate]:
     """What the readings are as these architectures, the best score first."""
-    found = [candidate for reading, table in pairs for candidate in _candidates(reading, table)]
+    found = [candidate for reading, table in pairs for candidate in _best_size(reading, table)]
     return sorted((c for c in found if c.resolved > 0), key=lambda c: -c.score)
+
+
+def _best_size(reading: _Reading, architecture: Architecture) -> list[Candidate]:
+    """The reading as the size of a model that it fits best: the standard one, unless another fits better."""
+    found: list[Candidate] = []
+    for size in architecture.sizes:
+        found += _candidates(reading, size)
+        if found and found[-1].perfect:
+            break
+    return [max(found, key=lambda c: c.score)] if found else []
 
 
 def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate]:
@@ -142,7 +205,7 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
     layout, parsed, metadata = reading.layout, reading.parsed, reading.bundle.metadata
     if parsed is None:
         return []
-    written = architecture.writes.get(layout.id, {})
+    written = layout.written(architecture)
     total = len(parsed.groups) + len(parsed.unknown)
     resolved = plain = sized = fitting = 0
     widths: dict[int, Counter[int]] = defaultdict(Counter)
@@ -169,6 +232,8 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
         fitting / sized if sized else 0.0,
         agreeing / noted if noted else 0.0,
         plain / resolved if resolved else 0.0,
+        layout.signed(metadata),
+        layout.id in architecture.writes,
     )
     return [found]
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from loratool.core.adapter import Bundle
 from loratool.core.architecture import Architecture
+from loratool.core.naming import Home
 from loratool.core.registry import architectures
+from loratool.core.target import Target, same_shape
+from loratool.core.tensor import LazyTensor
 
 _ADAPTER_SIGNS = ("lora_", ".lora.", "_lora", ".lora", "lokr_", "hada_", "oft_blocks", "dora_scale")
 _ADAPTER_ENDS = (".alpha", ":up", ":down", ".diff", ".diff_b", ".on_input", ".w_norm", ".b_norm")
@@ -62,23 +65,44 @@ def _textual_inversion(bundle: Bundle) -> Other | None:
     return None
 
 
-def checkpoint_of(keys: Mapping[str, object]) -> Architecture | None:
-    """The model whose checkpoint holds these keys: over half of the weights of one of its components."""
-    best, found = 0.5, None
+def checkpoint_of(keys: Mapping[str, LazyTensor]) -> Architecture | None:
+    """The model, in its size, whose checkpoint holds these keys: over half of the weights of one of its components.
+
+    Of several the one with most of its names and shapes in the file, and most of the file in its names.
+    """
+    best, found = 0.0, None
     for architecture in architectures().values():
-        if not architecture.open and (share := _share(keys, architecture)) > best:
-            best, found = share, architecture
+        for size in architecture.sizes if not architecture.open else ():
+            likeness = _likeness(keys, size)
+            if likeness > best:
+                best, found = likeness, size
+            if not likeness:
+                break
     return found
 
 
-def _share(keys: Mapping[str, object], architecture: Architecture) -> float:
-    """The largest share of a component's weights, over all kinds of checkpoints, that the file holds."""
+def _likeness(keys: Mapping[str, LazyTensor], architecture: Architecture) -> float:
+    """How alike the file and the likest component are, over all kinds of checkpoints: names and shapes that both have
+    over those that either has (Dice). 0 for a component of which half or less is there."""
     best = 0.0
     for checkpoint in architecture.checkpoints:
         for component, voice in checkpoint.voices.items():
             if voice.prefix and not any(key.startswith(voice.prefix) for key in keys):
                 continue
             naming = architecture.naming(component, voice.naming)
-            held = sum(voice.prefix + naming.home(targets[0]).tensor_key in keys for targets in naming.values())
-            best = max(best, held / len(naming))
+            held = fitting = 0
+            for targets in naming.values():
+                home = naming.home(targets[0])
+                tensor = keys.get(voice.prefix + home.tensor_key)
+                if tensor is not None:
+                    held += 1
+                    fitting += same_shape(tensor.shape, _stored(targets, home))
+            if held > 0.5 * len(naming):
+                best = max(best, (held + fitting) / (len(naming) + len(keys)))
     return best
+
+
+def _stored(targets: Sequence[Target], home: Home) -> tuple[int, ...]:
+    """The shape in which a checkpoint stores the weight of these targets."""
+    shape = (sum(target.rows for target in targets), *targets[0].shape[1:])
+    return shape[::-1] if home.transposed else shape

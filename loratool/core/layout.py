@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 
 from loratool.core.adapter import Adapter, Bundle
-from loratool.core.architecture import Architecture, Spoken, Voice
+from loratool.core.architecture import Architecture, Resolver, Spoken, Voice
 from loratool.core.errors import FormatError, LoratoolError, NotRepresentable, few
 from loratool.core.module import Module
 from loratool.core.registry import families
@@ -24,6 +24,13 @@ VECTOR = ".lora_magnitude_vector"
 
 ANY = "*"
 """Family of the roles that every family shares."""
+
+Voices = Mapping[str, tuple[Voice, ...]]
+"""component -> the voice that is written, then more that are read."""
+
+
+def _none(architecture: Architecture) -> Voices:
+    return {}
 
 
 @dataclass
@@ -47,12 +54,15 @@ class Parsed:
     unknown: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """A spelling: separator, factor suffixes, where alpha and magnitude live. Subclasses say what differs.
 
     `spelling[(family, role)]` is the suffix that is written; `aliases[suffix]` more suffixes that occur.
     `header_entries` are the header entries that describe this spelling and mean nothing in another one.
+    `derive` makes its voices out of those that an architecture has for other layouts, where the architecture's own
+    table has none for this one: a new layout then speaks of every model. It builds no naming. `names` are other names
+    of the same spelling. A layout that is not `writable` is only written on the way back to a file that was so spelled.
     """
 
     id: str
@@ -63,6 +73,26 @@ class Layout:
     header_entries: tuple[str, ...] = ()
     writable: bool = True
     folder: bool = False
+    derive: Callable[[Architecture], Voices] = _none
+    names: tuple[str, ...] = ()
+
+    # -- voices ----------------------------------------------------------------------------------------------
+
+    def written(self, architecture: Architecture) -> Mapping[str, Voice]:
+        """The voice in which each component of a model is written."""
+        return _written(self, architecture)
+
+    def voices(self, architecture: Architecture) -> Sequence[tuple[str, Voice]]:
+        """Every (component, voice) that may occur for a model, the written ones first."""
+        return _voices(self, architecture)
+
+    def prefixes(self, architecture: Architecture) -> tuple[str, ...]:
+        """What a stem may begin with for a model."""
+        return _prefixes(self, architecture)
+
+    def signed(self, metadata: Mapping[str, str]) -> bool:
+        """Whether the header says that this layout's program wrote the file: it decides between equal spellings."""
+        return False
 
     # -- reading ---------------------------------------------------------------------------------------------
 
@@ -110,7 +140,7 @@ class Layout:
 
     def resolve(self, stem: str, architecture: Architecture, metadata: Mapping[str, str]) -> Sequence[Spoken]:
         """Everything a stem may name in an architecture, best first. `metadata` is the file's header's."""
-        return architecture.resolver(self.id, self.separator)(stem)
+        return _resolver(self, architecture)(stem)
 
     def read(self, bundle: Bundle, architecture: Architecture, parsed: Parsed | None = None) -> Adapter:
         """The adapter in a bundle, for one architecture. Nothing but alpha scalars is read.
@@ -164,7 +194,7 @@ class Layout:
             raise FormatError(f"one module of two families: {names}", key=stem)
         (family_id, roles), *_ = group.by_family.items()
         family = families()[family_id]
-        factors = {role: bundle.tensors[key] for role, key in roles.items()}
+        factors = self.read_factors(family_id, {role: bundle.tensors[key] for role, key in roles.items()})
         shapes = {role: factor.shape for role, factor in factors.items()}
         problem = family.problem(shapes)
         if problem is not None:
@@ -184,6 +214,10 @@ class Layout:
             magnitude = self.canonical_magnitude(bundle.tensors[key], shape, key, columns)
         keys = {**roles, **group.shared}
         return said, Module(said.targets_at(shape), family, factors, alpha, magnitude, keys)
+
+    def read_factors(self, family: str, factors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+        """Factors by the family's roles and in its shapes, where a spelling has others."""
+        return factors
 
     def canonical_magnitude(
         self, stored: LazyTensor, shape: tuple[int, ...], key: str, per_column: bool = False
@@ -223,6 +257,11 @@ class Layout:
             return f"{self.id} has no spelling for a DoRA magnitude"
         return None
 
+    def ready(self, modules: Sequence[Module]) -> tuple[Module, ...]:
+        """Modules without an obstacle as this layout can hold them, each the same update: a scale that it has no place
+        for is put into the factors."""
+        return tuple(modules)
+
     def suffix(self, module: Module, role: str) -> str:
         """The suffix of one of a module's factors."""
         return self.spelling[module.family.id, role]
@@ -232,8 +271,11 @@ class Layout:
 
         Extras are not written. Raises NotRepresentable with every module that this layout cannot express.
         """
-        voices = {**self.voices_for(adapter), **(voices or {})}
+        voices = dict(voices or {})
+        if any(component not in voices for component in adapter.components):
+            voices = {**self.voices_for(adapter), **voices}
         self.refuse(adapter.modules)
+        adapter = replace(adapter, modules=self.ready(adapter.modules))
         tensors: dict[str, LazyTensor] = {}
         for module in adapter.modules:
             tensors.update(self.spell(module, adapter.architecture, voices).values())
@@ -282,7 +324,10 @@ class Layout:
     ) -> dict[str, tuple[str, LazyTensor]]:
         """role -> (key, tensor) of everything that is stored for one module."""
         stem = self.stem(module, architecture, voices)
-        spelled = {role: (stem + self.suffix(module, role), factor) for role, factor in module.factors.items()}
+        spelled = {
+            role: (stem + self.suffix(module, role), self.stored_factor(module, role, factor))
+            for role, factor in module.factors.items()
+        }
         if module.magnitude is not None:
             spelled[MAGNITUDE] = stem + self.spelling[ANY, MAGNITUDE], self.stored_magnitude(module)
         alpha = self.alpha_tensor(module)
@@ -292,7 +337,7 @@ class Layout:
 
     def voices_for(self, adapter: Adapter) -> Mapping[str, Voice]:
         """The voice in which each component is written. Raises NotRepresentable for a component without one."""
-        written = adapter.architecture.writes.get(self.id, {})
+        written = self.written(adapter.architecture)
         missing = [component for component in adapter.components if component not in written]
         if missing:
             hint = "; ".join(adapter.notes) or "name a checkpoint of the model with --base"
@@ -317,6 +362,10 @@ class Layout:
         alpha = module.alpha if module.alpha is not None else float(module.rank)
         return alpha_scalar(alpha, module.dtype)
 
+    def stored_factor(self, module: Module, role: str, factor: LazyTensor) -> LazyTensor:
+        """A factor in the shape that this layout stores: the inverse of `read_factors`."""
+        return factor
+
     def stored_magnitude(self, module: Module) -> LazyTensor:
         """The magnitude in the shape that this layout stores."""
         assert module.magnitude is not None
@@ -325,6 +374,33 @@ class Layout:
     def finish(self, adapter: Adapter, bundle: Bundle, voices: Mapping[str, Voice]) -> Bundle:
         """The bundle with what is not a tensor: header entries, side files."""
         return bundle
+
+
+@cache
+def _written(layout: Layout, architecture: Architecture) -> Mapping[str, Voice]:
+    own = architecture.writes.get(layout.id)
+    derived = layout.derive(architecture) if own is None else {}
+    return own if own is not None else {component: voices[0] for component, voices in derived.items()}
+
+
+@cache
+def _voices(layout: Layout, architecture: Architecture) -> Sequence[tuple[str, Voice]]:
+    voices = dict.fromkeys(_written(layout, architecture).items())
+    voices |= dict.fromkeys(architecture.voices(layout.id))
+    if layout.id not in architecture.writes:
+        for component, more in layout.derive(architecture).items():
+            voices |= dict.fromkeys((component, voice) for voice in more)
+    return tuple(voices)
+
+
+@cache
+def _prefixes(layout: Layout, architecture: Architecture) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(voice.prefix for _, voice in layout.voices(architecture)))
+
+
+@cache
+def _resolver(layout: Layout, architecture: Architecture) -> Resolver:
+    return architecture.resolver(layout.voices(architecture), layout.separator)
 
 
 def _best(spoken: Sequence[Spoken], shape: tuple[int, ...], component: str | None) -> Spoken:

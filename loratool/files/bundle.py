@@ -6,15 +6,20 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from loratool.core.adapter import CONFIG, Bundle
+from loratool.core.adapter import CONFIG, GGUF, MLX, Bundle
 from loratool.core.errors import FormatError, LoratoolError
 from loratool.core.tensor import LazyTensor
 from loratool.files.atomic import atomic_write
+from loratool.files.gguf import is_gguf, read_gguf, write_gguf
 from loratool.files.safetensors import file_size, read_header, write_safetensors
 
 MODEL = "adapter_model.safetensors"
+MLX_MODEL = "adapters.safetensors"
+"""The tensors of mlx-lm's folder."""
+
 PICKLES = (".pt", ".bin", ".ckpt", ".pth")
 _WORD = re.compile(r"[A-Za-z0-9_]+")
 _COMPONENT = re.compile(r"model|unet|transformer(_\d)?|prior|text_encoder(_\d)?")
@@ -34,9 +39,11 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     try:
         if place.is_dir():
             return _read_folder(place)
+        if is_gguf(place):
+            return read_gguf(place)
         sides = {}
         config = place.with_name(CONFIG)
-        if place.name == MODEL and config.is_file():
+        if place.name in (MODEL, MLX_MODEL) and config.is_file():
             sides[CONFIG] = _read_text(config)
         header = read_header(place)
     except LoratoolError as error:
@@ -47,6 +54,8 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
 
 
 def _read_folder(place: Path) -> Bundle:
+    if (place / MLX_MODEL).is_file() and not (place / MODEL).is_file():
+        return replace(read_bundle(place / MLX_MODEL), path=str(place), container=MLX)
     if (place / CONFIG).is_file() or (place / MODEL).is_file():
         return _merged(place, {"": place})
     parts = {f"{sub.name}/": sub for sub in sorted(place.iterdir()) if is_component_folder(sub)}
@@ -77,7 +86,7 @@ def adapters_in(path: str | os.PathLike[str]) -> list[str]:
     found = [
         entry
         for entry in sorted(place.iterdir())
-        if entry.suffix == ".safetensors" or (entry.is_dir() and (entry / CONFIG).is_file())
+        if entry.suffix in (".safetensors", ".gguf") or (entry.is_dir() and (entry / CONFIG).is_file())
     ]
     return [str(entry) for entry in found] or [str(path)]
 
@@ -86,9 +95,9 @@ def adapter_files(place: Path) -> list[Path]:
     """The files that an adapter is read from: itself, its config beside it, or those of each component of a folder."""
     if not place.is_dir():
         config = place.with_name(CONFIG)
-        return [config, place] if place.name == MODEL and config.is_file() else [place]
+        return [config, place] if place.name in (MODEL, MLX_MODEL) and config.is_file() else [place]
     folders = [place, *filter(is_component_folder, sorted(place.iterdir()))]
-    named = [folder / name for folder in folders for name in (CONFIG, MODEL) if (folder / name).is_file()]
+    named = [folder / name for folder in folders for name in (CONFIG, MODEL, MLX_MODEL) if (folder / name).is_file()]
     return named or sorted(file for file in place.iterdir() if file.suffix == ".safetensors")
 
 
@@ -166,7 +175,10 @@ def write_bundle(
     place = Path(path)
     if not folder:
         with atomic_write(place, overwrite=overwrite) as temporary:
-            write_safetensors(temporary, bundle.tensors, bundle.metadata, hashes=hashes, progress=progress)
+            if bundle.container == GGUF:
+                write_gguf(temporary, bundle.tensors, bundle.metadata)
+            else:
+                write_safetensors(temporary, bundle.tensors, bundle.metadata, hashes=hashes, progress=progress)
             if check is not None:
                 check(str(temporary))
         return
@@ -198,7 +210,8 @@ def _write_folder(
         temporary.chmod(0o777 & ~_umask())
         for folder, tensors in _by_folder(bundle.tensors).items():
             (temporary / folder).mkdir(parents=True, exist_ok=True)
-            with atomic_write(temporary / folder / MODEL, overwrite=False) as file:
+            name = MLX_MODEL if bundle.container == MLX else MODEL
+            with atomic_write(temporary / folder / name, overwrite=False) as file:
                 write_safetensors(file, tensors, bundle.metadata, hashes=hashes, progress=progress)
         for name, text in bundle.side_files.items():
             with atomic_write(temporary / _side_file(name), overwrite=False) as file:
@@ -222,7 +235,7 @@ def _write_folder(
 def _remove_stale(place: Path, written: set[Path]) -> None:
     """Removes what an adapter that was overwritten leaves: its model and config where the new one has none."""
     for folder in (place, *filter(is_component_folder, place.iterdir())):
-        for name in (CONFIG, MODEL):
+        for name in (CONFIG, MODEL, MLX_MODEL):
             if folder / name not in written:
                 (folder / name).unlink(missing_ok=True)
         if folder != place and not any(folder.iterdir()):

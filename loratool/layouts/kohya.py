@@ -1,4 +1,7 @@
-"""kohya: what sd-scripts writes. Flattened names, `lora_down` / `lora_up`, alpha as a 0-d tensor; LyCORIS on top."""
+"""kohya: what sd-scripts writes. Flattened names, `lora_down` / `lora_up`, alpha as a 0-d tensor; LyCORIS on top.
+
+WebUI (A1111), Forge and their kin write no spelling of their own: `a1111` is another name of this one.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from dataclasses import replace
 
 from loratool.core.adapter import Adapter
 from loratool.core.layout import ALPHA, ANY, MAGNITUDE, Layout
+from loratool.layouts._flattened import single_underscore
 
 _SUPPORTED = {
     ("lora", "down"): ".lora_down.weight",
@@ -27,6 +31,8 @@ _ALIASES = {
     ".lora_B.weight": ("lora", "up"),
     ".lora.down.weight": ("lora", "down"),
     ".lora.up.weight": ("lora", "up"),
+    ".lora_linear_layer.down.weight": ("lora", "down"),
+    ".lora_linear_layer.up.weight": ("lora", "up"),
     ".lora_magnitude_vector": (ANY, MAGNITUDE),
     # Families without a plug-in: their keys are recognised, named in the report, and travel as extras.
     **{f".hada_{role}": ("loha", role) for role in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
@@ -43,6 +49,7 @@ class Kohya(Layout):
 
     def rewrite(self, key: str) -> str:
         """diffusers' `--output_kohya_format` writes `..._to_k_lora.down.weight` for `..._to_k.lora_down.weight`."""
+        key = single_underscore(key)
         if key.endswith(("_lora.down.weight", "_lora.up.weight")):
             stem, _, rest = key.rpartition("_lora.")
             return f"{stem}.lora_{rest}"
@@ -71,4 +78,5 @@ LAYOUT = Kohya(
     separator="_",
     spelling=_SUPPORTED,
     aliases=_ALIASES,
+    names=("a1111", "webui", "forge", "sd-scripts"),
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.core.adapter import Adapter
@@ -53,3 +53,22 @@ def weighed(asked: Asked, adapter: Adapter) -> Input:
     except LoratoolError as error:
         raise error.with_file(asked.path) from error.__cause__
     return Input(adapter, asked.weight, blocks)
+
+
+def of_one_size(inputs: Sequence[Input]) -> list[Input]:
+    """The inputs, all for the one size of their model that holds every target of theirs; as they are if none does.
+
+    Sizes have most names in common, and many also the shapes: what only touches those is for any of them.
+    """
+    sizes = dict.fromkeys(one.adapter.architecture for one in inputs)
+    if len(sizes) > 1 and len({size.id for size in sizes}) == 1:
+        targets = {target for one in inputs for module in one.adapter.modules for target in module.targets}
+        for size in sizes:
+            if targets <= size.targets:
+                return [replace(one, adapter=replace(one.adapter, architecture=size)) for one in inputs]
+    return list(inputs)
+
+
+def same_size(one: Architecture, other: Architecture) -> bool:
+    """Whether adapters for these have the same targets; a model without a table has those of any other of its id."""
+    return one.id == other.id and (one.title == other.title or one.open or other.open)

@@ -22,7 +22,7 @@ from loratool.core.tensor import DTYPES, LazyTensor, code_of, torch_dtype
 from loratool.ops.conflicts import sign_conflicts
 from loratool.ops.convert import cast
 from loratool.ops.decompose import decompose
-from loratool.ops.inputs import Input
+from loratool.ops.inputs import Input, of_one_size, same_size
 from loratool.ops.low_rank import low_rank
 from loratool.ops.merged_module import (
     check_range,
@@ -115,7 +115,7 @@ def merge(
     weights. Computed in float32 or better. Raises UsageError for options that do not apply, FormatError for inputs of
     different models, NotExact for what would need `approximate`.
     """
-    options = dict(options or {})
+    options, inputs = dict(options or {}), of_one_size(inputs)
     check_inputs(inputs, method, options)
     first = inputs[0].adapter
     layout = layouts()[to or first.layout]
@@ -165,7 +165,7 @@ def check_inputs(inputs: Sequence[Input], method: Method, options: Mapping[str, 
         adapter = one.adapter
         if not math.isfinite(one.weight):
             raise UsageError(f"the weight is {one.weight}, expected a finite number", file=adapter.path)
-        if adapter.architecture.id != first.architecture.id:
+        if not same_size(adapter.architecture, first.architecture):
             raise FormatError(
                 f"is for {adapter.architecture.title}, {first.path} for {first.architecture.title}",
                 file=adapter.path,

@@ -65,7 +65,7 @@ def understand(bundle: Bundle, architecture: Architecture | None = None, layout:
             hint="it is no LoRA, or of a kind that is not known yet",
         )
     best = found.best
-    if architecture is not None and best.architecture is not architecture:
+    if architecture is not None and best.architecture not in architecture.sizes:
         raise UnknownModel(
             f"no key is a name of {architecture.title}", hint="leave --architecture or --base out to have it detected"
         )
@@ -76,12 +76,16 @@ def understand(bundle: Bundle, architecture: Architecture | None = None, layout:
         models = ", ".join(found.tie)
         note = f"could be any of {models}: nothing in the file tells them apart; name one with --architecture"
         adapter = replace(adapter, notes=(*adapter.notes, note))
+    if found.kin:
+        note = f"may be for {' or '.join(found.kin)} as well, whose names are the same; --architecture tells"
+        adapter = replace(adapter, notes=(*adapter.notes, note))
     return Opened(adapter, found)
 
 
 def layout_named(name: str) -> str:
     """The id of a layout. Raises UsageError with the nearest and the known ones."""
-    return _known(name, "layout", layouts())
+    other = {alias: layout.id for layout in layouts().values() for alias in layout.names}
+    return other.get(name) or _known(name, "layout", layouts())
 
 
 def _known(name: str, what: str, known: Collection[str]) -> str:

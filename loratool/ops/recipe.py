@@ -62,7 +62,8 @@ def architecture_id(architecture: Architecture | str | None) -> str | None:
     """What a recipe says of a model that the user named: the id of its table, or None."""
     if isinstance(architecture, str) or architecture is None:
         return architecture
-    return architecture.id if architectures().get(architecture.id) is architecture else None
+    known = architectures().get(architecture.id)
+    return architecture.id if known is not None and architecture in known.sizes else None
 
 
 def device_kind(device: str) -> str | None:
