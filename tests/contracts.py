@@ -133,13 +133,75 @@ def check_family(
         for role in factors.keys() - set(optional):
             rest = {other: shape for other, shape in shapes.items() if other != role}
             assert family.problem(rest) is not None, f"{name}: nobody misses {role}"
+        if not family.additive:
+            _check_change(family, factors, family.scale(shapes, alpha), name)
+            continue
         whole = dense(family, factors, family.scale(shapes, alpha))
         assert tuple(whole.shape) == family.shape(shapes), name
-        assert family.rank(shapes) >= 1, name
+        assert family.rank(shapes) >= 0, name
+        loaded = {role: factor.load().double() for role, factor in factors.items()}
+        weight = torch.randn(whole.reshape(len(whole), -1).shape, dtype=torch.float64)
+        applied = family.apply(loaded, family.scale(shapes, alpha), weight, -0.7)
+        assert_same(applied, weight - 0.7 * whole.reshape(weight.shape), f"{name}: applied")
         _check_scale(family, factors, name)
         _check_rows(family, factors, whole / family.scale(shapes, alpha), name)
         _check_components(family, factors, name)
         _check_product(family, factors, name)
+
+
+def _check_change(family: Family, factors: Factors, scale: float, name: str) -> None:
+    """A family that changes the weight: linear in it, exact by rows, told in words where it has no answer."""
+    shapes = {role: factor.shape for role, factor in factors.items()}
+    out, width = family.shape(shapes)[0] or 7, prod(family.shape(shapes)[1:]) or 18
+    torch.manual_seed(0)
+    weight, other = (torch.randn(out, width, dtype=torch.float64) for _ in range(2))
+
+    def applied(factors: Factors, weight: torch.Tensor, strength: float) -> torch.Tensor:
+        loaded = {role: factor.load().to(weight.dtype) for role, factor in factors.items()}
+        kept = {role: tensor.clone() for role, tensor in loaded.items()}
+        made = family.apply(loaded, scale, weight, strength)
+        assert all(torch.equal(kept[role], tensor) for role, tensor in loaded.items()), f"{name}: factors changed"
+        return made
+
+    whole = applied(factors, weight, 0.6)
+    assert whole.shape == weight.shape and whole.dtype == weight.dtype, name
+    single = applied(factors, weight.float(), 0.6)
+    assert single.dtype == torch.float32, name
+    assert_same(single, whole, f"{name} in float32", 1e-5)
+    mixed = applied(factors, weight * 0.25 + other * 0.75, 0.6)
+    assert_same(mixed, whole * 0.25 + applied(factors, other, 0.6) * 0.75, f"{name}: affine in the weight")
+    assert family.rank(shapes) >= 0 and family.product(factors) is None and family.live(factors) is None, name
+    if grain := family.grain(shapes):
+        for start in range(0, out, grain):
+            stop = min(start + grain, out)
+            part = applied(family.rows(factors, start, stop), weight[start:stop], 0.6)
+            assert_same(part, whole[start:stop], f"{name}, grain {start}")
+    cuts = sorted({0, 1, out // 2, out - 1, out} | {n for n in range(1, out) if out % n == 0})
+    for start, stop in ((a, b) for a in cuts for b in cuts if a < b):
+        try:
+            part = family.rows(factors, start, stop)
+        except NotExact as error:
+            assert str(error), name
+            continue
+        assert family.problem({role: factor.shape for role, factor in part.items()}) is None, name
+        assert_same(applied(part, weight[start:stop], 0.6), whole[start:stop], f"{name}[{start}:{stop}]")
+    for cut in cuts[1:-1]:
+        try:
+            parts = [Part(cut, family.rows(factors, 0, cut)), Part(out - cut, family.rows(factors, cut, out))]
+            stacked = family.stacked(parts)
+        except NotExact as error:
+            assert str(error), name
+            continue
+        assert_same(applied(stacked, weight, 0.6), whole, f"{name} cut at {cut}")
+    for refused in (
+        lambda: family.delta({}, 1.0),
+        lambda: family.scaled(factors, 0.5),
+        lambda: family.stacked([Part(3, factors), Part(4, factors, 0.5)]),
+    ):
+        with pytest.raises(NotExact) as told:
+            refused()
+        assert str(told.value), name
+    assert family.scaled(factors, 1.0) == dict(factors), name
 
 
 def dense(family: Family, factors: Factors, scale: float = 1.0) -> torch.Tensor:
@@ -225,6 +287,9 @@ def _check_product(family: Family, factors: Factors, name: str) -> None:
     shapes = {role: factor.shape for role, factor in factors.items()}
     loaded = {role: factor.load().double() for role, factor in factors.items()}
     whole, product = dense(family, factors), family.product(factors)
+    _check_scaled(family, factors, whole, name)
+    if product is None:
+        return
     left = product.left.load()
     if product.right is None:
         matrix = left
@@ -241,6 +306,12 @@ def _check_product(family: Family, factors: Factors, name: str) -> None:
         again = family.with_product(factors, product)
         assert {role: factor.shape for role, factor in again.items()} == shapes, name
         assert_same(dense(family, again), whole, f"{name}: its own product put back")
+    if product.whole and product.right is None:  # the update itself: another one of the same size
+        again = family.with_product(factors, Product(LazyTensor.from_torch(left * 2), None))
+        assert_same(dense(family, again), whole * 2, f"{name}: another whole")
+        with pytest.raises(NotExact):
+            family.with_product(factors, Product(product.left, product.left))
+        return
     for rank in range(1, min(product.rank, 4)):
         one = LazyTensor.from_torch(left[:, :1].repeat(1, rank).contiguous())
         row = matrix[:1] if product.right is None else product.right.load()[:1]
@@ -259,6 +330,10 @@ def _check_product(family: Family, factors: Factors, name: str) -> None:
         assert family.shape(kept)[0] == family.shape(shapes)[0], f"{name} at rank {rank}"
         assert family.product(made).rank == rank, f"{name} at rank {rank}"
         assert family.scale(kept, family.alpha(kept, 0.3)) == pytest.approx(0.3), f"{name} at rank {rank}"
+
+
+def _check_scaled(family: Family, factors: Factors, whole: torch.Tensor, name: str) -> None:
+    """`scaled` scales, and keeps shapes and dtypes."""
     assert family.scaled(factors, 1.0) == dict(factors), name
     for by in (-0.5, 3.0, 0.0):
         made = family.scaled(factors, by)

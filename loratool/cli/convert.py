@@ -28,7 +28,8 @@ def convert(
         Optional[str], typer.Option("--dtype", metavar="DTYPE", help="Cast the factors: fp32, fp16, bf16, ...")
     ] = None,
     base: Annotated[
-        Optional[str], typer.Option("--base", metavar="PATH", help="A checkpoint of the model, to take its names from.")
+        Optional[str],
+        typer.Option("--base", metavar="PATH", help="A checkpoint of the model, for its names and weights."),
     ] = None,
     architecture: Annotated[
         Optional[str],
@@ -39,12 +40,15 @@ def convert(
         typer.Option(
             "--approximate",
             metavar="FAMILY",
-            help="lora: rewrite modules that LAYOUT cannot express as LoRA (needs --rank or --energy).",
+            help="lora: rewrite modules of other families as LoRA (needs --rank or --energy).",
         ),
     ] = None,
     rank: Annotated[Optional[int], typer.Option("--rank", metavar="N", help="Rank of approximated modules.")] = None,
     energy: Annotated[
         Optional[float], typer.Option("--energy", metavar="E", help="Share of the squared norm that they keep, 0 to 1.")
+    ] = None,
+    unpack: Annotated[
+        Optional[int], typer.Option("--unpack", metavar="N", help="Take the LoRA of rank N out of a DyLoRA.")
     ] = None,
     drop_extras: Annotated[bool, typer.Option("--drop-extras", help="Leave out tensors that are no modules.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
@@ -79,6 +83,8 @@ def convert(
                 architecture=_model(base, architecture),
                 dtype=code,
                 approximate=wish,
+                base=base,
+                unpack=unpack,
                 drop_extras=drop_extras,
                 overwrite=overwrite,
                 verify=verify,

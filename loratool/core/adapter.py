@@ -68,5 +68,5 @@ class Adapter:
 
     @property
     def ranks(self) -> Counter[int]:
-        """How many modules have which rank."""
-        return Counter(module.rank for module in self.modules)
+        """How many modules have which rank; those of families without ranks are not counted."""
+        return Counter(module.rank for module in self.modules if module.rank)

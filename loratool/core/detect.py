@@ -251,7 +251,8 @@ def _shape(bundle: Bundle, by_family: Mapping[str, Mapping[str, str]]) -> tuple[
 def _note_widths(said: Spoken, shape: tuple[int, ...], widths: dict[int, Counter[int]]) -> None:
     """Notes which size of the file stands for which size of the standard model (another width: one for one)."""
     assert said.targets is not None
-    widths[sum(target.rows for target in said.targets)][shape[0]] += 1
+    if shape[0]:
+        widths[sum(target.rows for target in said.targets)][shape[0]] += 1
     standard = squeezed(said.targets[0].shape)
-    if len(shape) > 1 and len(standard) > 1:
+    if len(shape) > 1 and len(standard) > 1 and shape[1]:
         widths[standard[1]][shape[1]] += 1

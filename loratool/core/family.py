@@ -15,6 +15,10 @@ Factors = Mapping[str, LazyTensor]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+ALPHA_SCALES = "scale"
+"""`alpha_role` of families whose update is multiplied by alpha / rank."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One stretch of rows in a stacked module: `height` rows, and what updates them (None: nothing does).
@@ -31,7 +35,8 @@ class Part:
 class Product:
     """The part of a module that ranks can be cut from: `left @ right`, `(m, rank)` and `(rank, n)`, kernels flattened.
 
-    `right` is None where `left` is a whole matrix. Of a Tucker module `core` `(p, q, *kernel)` stands between `left`
+    `right` is None where `left` is a whole matrix; if that is `whole`, it is the update itself, and has no ranks that
+    the family could cut. Of a Tucker module `core` `(p, q, *kernel)` stands between `left`
     `(m, p)` and `right` `(q, n)`. `whole`: the product times the scale is the update (`transposed`: its transpose);
     else the update's norm is that of the product times scale and `gain`.
     """
@@ -51,7 +56,11 @@ class Product:
 
 
 class Family(Protocol):
-    """One kind of adapter. Shapes are those of the stored factors, by role; nothing is read for them."""
+    """One kind of adapter. Shapes are those of the stored factors, by role; nothing is read for them.
+
+    The update of an `additive` family is a matrix of its own, which `delta` makes. That of any other depends on the
+    weight: `apply` makes the new weight, and `delta` and `scaled` raise NotExact.
+    """
 
     @property
     def id(self) -> str:
@@ -61,14 +70,25 @@ class Family(Protocol):
     def title(self) -> str:
         """The family's name for people."""
 
+    @property
+    def additive(self) -> bool:
+        """Whether the update is a sum of its own, whatever weight it is added to."""
+
+    @property
+    def alpha_role(self) -> str | None:
+        """What a stored alpha is: ALPHA_SCALES, the role of the factor that it is (OFT's constraint), None: nothing."""
+
     def problem(self, shapes: Shapes) -> str | None:
         """What keeps these factors from being a module (a missing half, ranks that differ), or None."""
 
     def shape(self, shapes: Shapes) -> tuple[int, ...]:
-        """Shape of the update, `(out, in)` or `(out, in, kh, kw)`; `(out, in * kh * kw)` if the kernel is flattened."""
+        """Shape of the update, `(out, in)` or `(out, in, kh, kw)`; `(out, in * kh * kw)` if the kernel is flattened.
+
+        0 for a side that the factors do not tell: the weight has it.
+        """
 
     def rank(self, shapes: Shapes) -> int:
-        """The rank that alpha is divided by."""
+        """The rank that alpha is divided by; 0 where there is none."""
 
     def scale(self, shapes: Shapes, alpha: float | None) -> float:
         """The factor of the update: alpha / rank, or 1 without alpha."""
@@ -78,6 +98,12 @@ class Family(Protocol):
 
     def delta(self, factors: Mapping[str, Tensor], scale: float) -> Tensor:
         """The dense update of shape `shape`, in the factors' dtype (float32 or float64), scale included."""
+
+    def apply(self, factors: Mapping[str, Tensor], scale: float, weight: Tensor, strength: float) -> Tensor:
+        """The new weight, `(out, in * kh * kw)` like `weight`, in its dtype (float32 or float64)."""
+
+    def on_bias(self, factors: Factors) -> Factors | None:
+        """Factors that are applied to the layer's bias as to a weight `(out, 1)`; None: it stays as it is."""
 
     def rows(self, factors: Factors, start: int, stop: int) -> Factors:
         """Factors of the update's rows `start:stop`. Raises NotExact where the structure cannot be cut there."""
@@ -94,8 +120,8 @@ class Family(Protocol):
     def stacked(self, parts: Sequence[Part]) -> Factors:
         """Factors whose update has the rows of `parts` one below the other. Raises NotExact if there are none."""
 
-    def product(self, factors: Factors) -> Product:
-        """The part of the module that ranks can be cut from; nothing is read."""
+    def product(self, factors: Factors) -> Product | None:
+        """The part of the module that ranks can be cut from; None where there are none. Nothing is read."""
 
     def with_product(self, factors: Factors, product: Product) -> Factors:
         """Factors with another product (of the same `whole`, `transposed`) in its place; alpha / rank is not kept."""

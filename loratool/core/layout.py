@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from math import prod
 
 from loratool.core.adapter import Adapter, Bundle
 from loratool.core.architecture import Architecture, Resolver, Spoken, Voice
 from loratool.core.errors import FormatError, LoratoolError, NotRepresentable, few
+from loratool.core.family import ALPHA_SCALES
 from loratool.core.module import Module
 from loratool.core.registry import families
-from loratool.core.target import Target
+from loratool.core.target import Target, may_be
 from loratool.core.tensor import Held, LazyTensor
 
 ALPHA, MAGNITUDE = "alpha", "magnitude"
@@ -59,7 +59,8 @@ class Layout:
     """A spelling: separator, factor suffixes, where alpha and magnitude live. Subclasses say what differs.
 
     `spelling[(family, role)]` is the suffix that is written; `aliases[suffix]` more suffixes that occur.
-    `header_entries` are the header entries that describe this spelling and mean nothing in another one.
+    `header_entries` are the header entries that describe this spelling and mean nothing in another one; `elsewhere`
+    are the roles that it keeps there or in a side file, and not as a tensor.
     `derive` makes its voices out of those that an architecture has for other layouts, where the architecture's own
     table has none for this one: a new layout then speaks of every model. It builds no naming. `names` are other names
     of the same spelling. A layout that is not `writable` is only written on the way back to a file that was so spelled.
@@ -71,6 +72,7 @@ class Layout:
     spelling: Mapping[tuple[str, str], str]
     aliases: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     header_entries: tuple[str, ...] = ()
+    elsewhere: frozenset[tuple[str, str]] = frozenset()
     writable: bool = True
     folder: bool = False
     derive: Callable[[Architecture], Voices] = _none
@@ -160,9 +162,13 @@ class Layout:
             for family in [family for family in group.by_family if family not in families()]:
                 unread[family] = unread.get(family, 0) + 1
                 extras.update(dict.fromkeys(group.by_family.pop(family).values()))
+            if len(group.by_family) > 1 and group.by_family.get("diff", {}).keys() == {"bias"}:
+                extras.update(dict.fromkeys(group.by_family.pop("diff").values()))  # the bias has no other home
             if not spoken or not group.by_family:
                 extras.update(dict.fromkeys(group.keys))
                 continue
+            if ALPHA in group.shared and families()[next(iter(group.by_family))].alpha_role is None:
+                extras[group.shared.pop(ALPHA)] = None
             said, module = self._module(stem, group, spoken, bundle)
             for target in module.targets:
                 other = taken.setdefault((target.component, target.path), stem)
@@ -193,8 +199,13 @@ class Layout:
             names = " and ".join(sorted(group.by_family))
             raise FormatError(f"one module of two families: {names}", key=stem)
         (family_id, roles), *_ = group.by_family.items()
+        family_id, renamed = self.meant(family_id, {role: bundle.tensors[key] for role, key in roles.items()})
+        roles = {renamed.get(role, role): key for role, key in roles.items()}
         family = families()[family_id]
         factors = self.read_factors(family_id, {role: bundle.tensors[key] for role, key in roles.items()})
+        constant = family.alpha_role if family.alpha_role != ALPHA_SCALES else None
+        if constant is not None and ALPHA in group.shared:
+            factors[constant] = bundle.tensors[group.shared[ALPHA]]
         shapes = {role: factor.shape for role, factor in factors.items()}
         problem = family.problem(shapes)
         if problem is not None:
@@ -202,7 +213,7 @@ class Layout:
         shape = family.shape(shapes)
         said = _best(spoken, shape, bundle.metadata.get(COMPONENT))
         alpha = None
-        if ALPHA in group.shared:
+        if ALPHA in group.shared and constant is None:
             tensor = bundle.tensors[group.shared[ALPHA]]
             if tensor.numel != 1:
                 raise FormatError(f"alpha has shape {list(tensor.shape)}, expected one number", key=group.shared[ALPHA])
@@ -210,6 +221,10 @@ class Layout:
         magnitude = None
         if MAGNITUDE in group.shared:
             key = group.shared[MAGNITUDE]
+            if not family.additive:
+                raise FormatError(
+                    f"a DoRA magnitude beside a {family.title} module, whose meaning is not known", key=key
+                )
             columns = "embedding_A" in factors and VECTOR in key  # an embedding's outputs are its weight's columns
             magnitude = self.canonical_magnitude(bundle.tensors[key], shape, key, columns)
         keys = {**roles, **group.shared}
@@ -218,6 +233,17 @@ class Layout:
     def read_factors(self, family: str, factors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
         """Factors by the family's roles and in its shapes, where a spelling has others."""
         return factors
+
+    def meant(self, family: str, factors: Mapping[str, LazyTensor]) -> tuple[str, Mapping[str, str]]:
+        """The family that is meant, and roles that are other ones there, where a suffix alone does not tell.
+
+        OFT and BOFT share LyCORIS' suffixes: the number of dimensions tells. A flag says what an IA3 vector is of.
+        """
+        if family == "oft" and "blocks" in factors and len(factors["blocks"].shape) == 4:
+            return "boft", {}
+        if family == "ia3" and "on_input" in factors and factors["on_input"].item():
+            return "ia3", {"output": "input"}
+        return family, {}
 
     def canonical_magnitude(
         self, stored: LazyTensor, shape: tuple[int, ...], key: str, per_column: bool = False
@@ -251,7 +277,7 @@ class Layout:
     def obstacle(self, module: Module) -> str | None:
         """Why this layout cannot express a module, or None."""
         for role in module.factors:
-            if (module.family.id, role) not in self.spelling:
+            if not {(module.family.id, role)} & (self.spelling.keys() | self.elsewhere):
                 return f"{self.id} has no spelling for the {role} of a {module.family.title} module"
         if module.magnitude is not None and (ANY, MAGNITUDE) not in self.spelling:
             return f"{self.id} has no spelling for a DoRA magnitude"
@@ -301,12 +327,16 @@ class Layout:
         for module in blocked:
             if module.family is pair and "mid" not in module.factors:
                 return None  # it is a LoRA already
-            out, columns, *kernel = module.shape
+            if len(module.shape) < 2:
+                return None  # a vector is no pair
+            out, columns, *kernel = (size or 1 for size in module.shape)
             ones = [1] * len(kernel)
             factors = {"up": _empty((out, 1, *ones), module.dtype), "down": _empty((1, columns, *kernel), module.dtype)}
-            if self.obstacle(replace(module, family=pair, factors=factors)) is not None:
+            magnitude = module.magnitude if module.family.additive else None
+            if self.obstacle(replace(module, family=pair, factors=factors, magnitude=magnitude)) is not None:
                 return None
-        return "rewrite them with --approximate lora and --rank N or --energy E"
+        base = ", and --base CHECKPOINT" if any(module.needs_base for module in blocked) else ""
+        return f"rewrite them with --approximate lora and --rank N or --energy E{base}"
 
     def ambiguous(self, adapter: Adapter, voices: Mapping[str, Voice]) -> bool:
         """Whether the keys of an adapter's one component might be read as another component's."""
@@ -327,6 +357,7 @@ class Layout:
         spelled = {
             role: (stem + self.suffix(module, role), self.stored_factor(module, role, factor))
             for role, factor in module.factors.items()
+            if (module.family.id, role) not in self.elsewhere
         }
         if module.magnitude is not None:
             spelled[MAGNITUDE] = stem + self.spelling[ANY, MAGNITUDE], self.stored_magnitude(module)
@@ -357,7 +388,7 @@ class Layout:
 
     def alpha_tensor(self, module: Module) -> LazyTensor | None:
         """The alpha scalar stored beside the factors (the rank, where the module has no alpha); None for no tensor."""
-        if (ANY, ALPHA) not in self.spelling:
+        if (ANY, ALPHA) not in self.spelling or module.family.alpha_role != ALPHA_SCALES:
             return None
         alpha = module.alpha if module.alpha is not None else float(module.rank)
         return alpha_scalar(alpha, module.dtype)
@@ -423,7 +454,7 @@ def fits(targets: Sequence[Target], shape: tuple[int, ...]) -> bool:
     rows = 0
     for target in targets:
         rows += target.shape[0]
-    return shape[0] == rows and prod(shape[1:]) == prod(targets[0].shape[1:])
+    return may_be(shape, (rows, *targets[0].shape[1:]))
 
 
 def alpha_scalar(alpha: float, dtype: str) -> LazyTensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from loratool.core.errors import NotExact
 from loratool.core.family import Factors, Family, Product, Shapes
-from loratool.core.target import Target
+from loratool.core.target import Target, may_be
 from loratool.core.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ class Module:
     """One adapter module: the targets it updates, the family of its factors, alpha and the optional DoRA magnitude.
 
     `magnitude` has the canonical shape `(out, 1, ...)` (one norm per output row) or `(1, in, ...)` (one per
-    input column). `keys` remembers under which key each role stood in the file it was read from.
+    input column). `keys` remembers under which key each role stood in the file it was read from. `weight_shape` is that
+    of the weight, where a checkpoint told it and the factors do not.
     """
 
     targets: tuple[Target, ...]
@@ -31,6 +32,7 @@ class Module:
     alpha: float | None = None
     magnitude: LazyTensor | None = None
     keys: Mapping[str, str] = field(default_factory=dict, compare=False)
+    weight_shape: tuple[int, ...] | None = field(default=None, compare=False)
 
     @property
     def component(self) -> str:
@@ -43,14 +45,49 @@ class Module:
         return {role: factor.shape for role, factor in self.factors.items()}
 
     @cached_property
-    def product(self) -> Product:
-        """The part of the module that ranks can be cut from."""
+    def product(self) -> Product | None:
+        """The part of the module that ranks can be cut from; None where the family has none."""
         return self.family.product(self.factors)
 
     @property
+    def ranked(self) -> Product | None:
+        """The product, if the family can hold it at a lower rank, too."""
+        product = self.product
+        return None if product is None or (product.whole and product.right is None) else product
+
+    def ranks(self) -> Product:
+        """The product that ranks are cut from. Raises NotExact, and says what to do, where there is none."""
+        product = self.ranked
+        if product is None:
+            base = "" if self.family.additive else " and --base CHECKPOINT"
+            raise NotExact(
+                f"{self.title}: a {self.family.title} module has no ranks that can be cut",
+                hint=f"convert --approximate lora with --rank N or --energy E{base} rewrites it as LoRA first",
+            )
+        return product
+
+    @property
+    def stored_rank(self) -> int:
+        """The rank of the product as it is stored; of modules without one, the family's rank."""
+        return self.rank if self.product is None else self.product.rank
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether what the module changes depends on the weight: DoRA, and families that are not additive."""
+        return self.magnitude is not None or not self.family.additive
+
+    @cached_property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the update, `(out, in)` or `(out, in, kh, kw)`."""
-        return self.family.shape(self.shapes)
+        """Shape of the update, `(out, in)` or `(out, in, kh, kw)`.
+
+        What the factors do not tell is taken from `weight_shape`, or from the standard model, if the rest fits it; else
+        it is 0.
+        """
+        shape = self.family.shape(self.shapes)
+        if 0 not in shape:
+            return shape
+        standard = self.weight_shape or (sum(target.rows for target in self.targets), *self.targets[0].shape[1:])
+        return standard if may_be(shape, standard) else shape
 
     @property
     def delta_width(self) -> int:
@@ -59,7 +96,7 @@ class Module:
 
     @property
     def rank(self) -> int:
-        """The rank that alpha is divided by."""
+        """The rank that alpha is divided by; 0 where the family has none."""
         return self.family.rank(self.shapes)
 
     @property
@@ -77,13 +114,14 @@ class Module:
 
     @property
     def parameters(self) -> int:
-        """Number of stored values, alpha not counted."""
-        return sum(tensor.numel for tensor in self.tensors.values())
+        """Number of stored values, alpha and other constants not counted."""
+        return sum(tensor.numel for tensor in self.tensors.values() if tensor.shape)
 
     @property
     def dtype(self) -> str:
-        """dtype of the (first) factor."""
-        return next(iter(self.factors.values())).dtype
+        """dtype of the (first) factor that is no constant."""
+        factors = list(self.factors.values())
+        return next((factor for factor in factors if factor.shape), factors[0]).dtype
 
     @property
     def magnitude_per_row(self) -> bool:
@@ -102,12 +140,14 @@ class Module:
         Raises NotExact when the module's height cannot be divided in those proportions.
         """
         total, height = sum(target.rows for target in self.targets), self.shape[0]
+        if len(self.targets) == 1:
+            return [height]
         if any(target.rows * height % total for target in self.targets):
             raise NotExact(f"{self.title}: {height} rows cannot be divided like the model's {total}")
         return [target.rows * height // total for target in self.targets]
 
     def delta(self, device: str = "cpu") -> Tensor:
-        """The dense update, float32, shape `shape`, alpha / rank included."""
+        """The dense update, float32, shape `shape`, alpha / rank included. NotExact where it depends on the weight."""
         loaded = {role: factor.load(device).float() for role, factor in self.factors.items()}
         return self.family.delta(loaded, self.scale)
 

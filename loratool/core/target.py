@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,16 @@ def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     while end > 2 and shape[end - 1] == 1:
         end -= 1
     return shape[:end]
+
+
+def may_be(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Whether an update of `shape` may be one of a weight of that shape. A flattened kernel counts as equal.
+
+    0 is a side that the update's factors do not tell; then its columns may be those of the input alone, too.
+    """
+    if shape[0] not in (0, weight[0]):
+        return False
+    return prod(shape[1:]) in (0, prod(weight[1:])) or (shape[0] == 0 and shape[1:2] == weight[1:2])
 
 
 def same_shape(left: tuple[int, ...], right: tuple[int, ...]) -> bool:

@@ -3,7 +3,8 @@
 Each side is stored whole (`w1`, `w2`) or as a product (`w1_a @ w1_b`, `w2_a @ w2_b`). Of a convolution, w2
 carries the kernel: whole `(c, d, kh, kw)`, as a product with `w2_b` `(rank, d * kh * kw)`, or Tucker with
 `t2` `(rank, rank, kh, kw)`, `w2_a` `(rank, c)` and `w2_b` `(rank, d)`. scale = alpha / rank, where rank is
-that of a product; with both sides whole there is no rank and alpha is ignored.
+that of a product; with both sides whole there is no rank and alpha is ignored. PEFT multiplies by the alpha / r of
+its config then, too: that is the constant `scale`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 from loratool.core.errors import NotExact
 from loratool.core.family import Factors, Part, Product, Shapes
 from loratool.core.ranges import spread
-from loratool.core.tensor import LazyTensor, concatenated, same_bytes, scaled
+from loratool.core.tensor import concatenated, same_bytes, scaled
+from loratool.families._base import Additive, turned
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Lokr:
+class Lokr(Additive):
     """The Kronecker product of two small matrices, each whole or factored."""
 
     id = "lokr"
@@ -35,7 +37,7 @@ class Lokr:
                 return f"{side} is stored whole and as a product"
             if not whole and len(halves) < 2:
                 return f"has no {side}: part of the module is missing"
-        if any(len(shape) < 2 or 0 in shape for shape in shapes.values()):
+        if any(len(shape) < 2 or 0 in shape for role, shape in shapes.items() if role != "scale"):
             return "a factor is no matrix"
         if "t2" in shapes:
             if "w2_a" not in shapes:
@@ -85,6 +87,7 @@ class Lokr:
         else:
             w2 = (factors["w2_a"] @ factors["w2_b"].flatten(1)).reshape(-1, *factors["w2_b"].shape[1:])
         (a, b), (c, d, *kernel) = w1.shape, w2.shape
+        scale = scale * float(factors["scale"]) if "scale" in factors else scale
         product = w1.reshape(a, 1, b, 1, 1) * w2.reshape(1, c, 1, d, -1)
         return product.reshape(a * c, b * d, *kernel) * scale
 
@@ -99,14 +102,6 @@ class Lokr:
     def grain(self, shapes: Shapes) -> int:
         """The height of w2, which is that of a Kronecker block."""
         return _right(shapes)[0]
-
-    def live(self, factors: Factors) -> tuple[int, ...] | None:
-        """A Kronecker product has no separable rank components."""
-        return None
-
-    def keep(self, factors: Factors, components: Sequence[int]) -> Factors:
-        """Never asked for: `live` is None."""
-        raise NotExact("a Kronecker product has no separable rank components")
 
     def stacked(self, parts: Sequence[Part]) -> Factors:
         """Left sides below one another, if all parts share every other factor and the scale. Else NotExact."""
@@ -133,7 +128,7 @@ class Lokr:
             return Product(w2.reshape((w2.shape[0], w2.numel // w2.shape[0])), None, whole=False)
         left, right = factors["w2_a"], factors["w2_b"]
         if "t2" in factors:
-            return Product(_transposed(left), right, factors["t2"], whole=False)
+            return Product(turned(left), right, factors["t2"], whole=False)
         return Product(left, right.reshape((right.shape[0], right.numel // right.shape[0])), whole=False)
 
     def with_product(self, factors: Factors, product: Product) -> Factors:
@@ -142,25 +137,22 @@ class Lokr:
         assert right is not None
         made = {role: factor for role, factor in factors.items() if role not in ("w2", "w2_a", "w2_b", "t2")}
         if product.core is not None:
-            return {**made, "w2_a": _transposed(product.left), "w2_b": right, "t2": product.core}
+            return {**made, "w2_a": turned(product.left), "w2_b": right, "t2": product.core}
         if "w2_b" in factors:
             right = right.reshape((right.shape[0], *factors["w2_b"].shape[1:]))
         return {**made, "w2_a": product.left, "w2_b": right}
 
     def gain(self, factors: Mapping[str, Any]) -> float:
-        """||w1||."""
+        """||w1||, times a stored scale."""
         w1 = factors["w1"] if "w1" in factors else factors["w1_a"] @ factors["w1_b"]
-        return math.sqrt(float((w1 * w1).sum()))
+        own = abs(float(factors["scale"])) if "scale" in factors else 1.0
+        return own * math.sqrt(float((w1 * w1).sum()))
 
     def scaled(self, factors: Factors, gain: float) -> Factors:
         """w1 (or its left half) times `gain`; w2 takes a part of it where the dtype of w1 cannot hold the result."""
         left, right = ("w1" if "w1" in factors else "w1_a"), ("w2" if "w2" in factors else "w2_a")
         outer, inner = spread(gain, factors[left], factors[right])
         return {**factors, left: scaled(factors[left], outer), right: scaled(factors[right], inner)}
-
-
-def _transposed(matrix: LazyTensor) -> LazyTensor:
-    return LazyTensor.computed(matrix.shape[::-1], matrix.dtype, lambda: matrix.load().T.contiguous())
 
 
 def _left(shapes: Shapes) -> tuple[int, int]:

@@ -15,12 +15,13 @@ from loratool.core.errors import NotExact
 from loratool.core.family import Factors, Part, Product, Shapes
 from loratool.core.ranges import check_gain, spread
 from loratool.core.tensor import LazyTensor, concatenated, same_bytes, scaled
+from loratool.families._base import Additive
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Lora:
+class Lora(Additive):
     """The low-rank pair, with an optional Tucker core, bias, or as an embedding's pair."""
 
     id = "lora"

@@ -19,7 +19,8 @@ from loratool.core.module import Module
 from loratool.core.tensor import LazyTensor
 
 _ADAPTER_NAME = re.compile(
-    r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\.([^.]+)(\.weight|\.bias)?$"
+    r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|hada_\w+|lokr_\w+|ia3_l|boft_[Rs]|oft_R)"
+    r"\.([^.]+)(\.weight|\.bias)?$"
 )
 FEW = 128
 """PEFT compiles every expression for every module: beyond what Python's cache of expressions holds (512, for two
@@ -114,20 +115,26 @@ def config_of(
     """
     _all_or_none(modules, "DoRA magnitude", lambda module: module.magnitude is not None)
     _all_or_none(modules, "lora_bias", lambda module: "bias" in module.factors)
-    ranks = Counter(module.rank for _, module in modules)
-    rank = ranks.most_common(1)[0][0]
-    effective = {path: _plain(module.scale * module.rank) for path, module in modules}
-    alpha = Counter(effective.values()).most_common(1)[0][0]
-    name = anchored if anchor else re.escape
     paths = [path for path, _ in modules]
-    return {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": _patterns({path: module.rank for path, module in modules if module.rank != rank}, name),
-        "alpha_pattern": _patterns({path: effective[path] for path in paths if effective[path] != alpha}, name),
-        "target_modules": _targets(paths, others, anchor),
+    said = ranks_said({path: (module.rank, module.scale) for path, module in modules}, "lora_alpha", anchor)
+    return said | {
+        "target_modules": paths_said(paths, others, anchor),
         "use_dora": any(module.magnitude is not None for _, module in modules),
         "lora_bias": any("bias" in module.factors for _, module in modules),
+    }
+
+
+def ranks_said(modules: Mapping[str, tuple[int, float]], alpha_field: str, anchor: bool = True) -> dict[str, Any]:
+    """The fields that give each path its rank and scale: the commonest ones, and patterns for the others."""
+    rank = Counter(rank for rank, _ in modules.values()).most_common(1)[0][0]
+    effective = {path: _plain(scale * rank) for path, (rank, scale) in modules.items()}
+    alpha = Counter(effective.values()).most_common(1)[0][0]
+    name = anchored if anchor else re.escape
+    return {
+        "r": rank,
+        alpha_field: alpha,
+        "rank_pattern": _patterns({path: own for path, (own, _) in modules.items() if own != rank}, name),
+        "alpha_pattern": _patterns({path: own for path, own in effective.items() if own != alpha}, name),
     }
 
 
@@ -151,7 +158,8 @@ def _all_or_none(modules: Sequence[tuple[str, Module]], what: str, has: Callable
         )
 
 
-def _targets(paths: Sequence[str], others: frozenset[str] | None, anchor: bool) -> list[str] | str:
+def paths_said(paths: Sequence[str], others: frozenset[str] | None, anchor: bool = True) -> list[str] | str:
+    """These modules and no `others`, as PEFT chooses them: a list, or an expression where a path ends in another."""
     wanted = set(paths)
     if others is not None:
         ends = {other[i + 1 :] for other in others - wanted for i, char in enumerate(other) if char == "."}
@@ -188,8 +196,12 @@ def all_paths(architecture: Architecture, component: str, voices: Mapping[str, V
 
 def peft_obstacle(module: Module, layout: str) -> str | None:
     """PEFT's magnitude has one value per output feature: a row of the weight, or a column of an embedding's."""
-    if module.magnitude is None or module.magnitude_per_row != _is_embedding(module):
+    if module.magnitude is None:
         return None
+    if module.magnitude_per_row != _is_embedding(module):
+        return (
+            None if module.family.id == "lora" else f"{layout} has no DoRA magnitude for a {module.family.title} module"
+        )
     return f"{layout} has no DoRA magnitude per input feature"
 
 

@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from loratool.core.adapter import Adapter
+from loratool.core.architecture import Architecture, Spoken, Voice
 from loratool.core.layout import ALPHA, ANY, MAGNITUDE, Layout, Parsed
 from loratool.core.module import Module
 from loratool.core.tensor import LazyTensor
+from loratool.layouts._lycoris import BESIDE_NORM, FULL, LOHA, LOKR, WEIGHT_CHANGING
 from loratool.layouts._peft_config import without_adapter_name
 
 _KOHYA_PAIR = {"up": ".lora_up.weight", "down": ".lora_down.weight", "mid": ".lora_mid.weight"}
@@ -33,8 +35,8 @@ class Comfyui(Layout):
         parsed = super().parse(keys)
         for group in parsed.groups.values():
             diff = group.by_family.get("diff", {})
-            if "diff_b" in diff and "up" in group.by_family.get("lora", {}):
-                group.by_family["lora"]["bias"] = diff.pop("diff_b")
+            if "bias" in diff and "up" in group.by_family.get("lora", {}):
+                group.by_family["lora"]["bias"] = diff.pop("bias")
                 if not diff:
                     del group.by_family["diff"]
         return parsed
@@ -54,16 +56,37 @@ class Comfyui(Layout):
             modules.append(module)
         return replace(adapter, modules=tuple(modules), extras=extras)
 
+    def resolve(self, stem: str, architecture: Architecture, metadata: Mapping[str, str]) -> Sequence[Spoken]:
+        """A parameter that is no module's `weight` goes by its own name in ComfyUI: `query_norm.scale`."""
+        found = super().resolve(stem, architecture, metadata)
+        if found or architecture.open or not stem.endswith(_OWN_NAMES):
+            return found
+        whole = super().resolve(stem.rpartition(".")[0], architecture, metadata)
+        return [said for said in whole if _own_name(said.voice, said.name, said.component, architecture)]
+
+    def stem(self, module: Module, architecture: Architecture, voices: Mapping[str, Voice]) -> str:
+        """With the parameter's own name behind that of its module, where it has one."""
+        stem, voice = super().stem(module, architecture, voices), voices[module.component]
+        if module.family.id == "lora" or architecture.open:
+            return stem
+        name = stem[len(voice.prefix) :]
+        return stem + (_own_name(voice, name, module.component, architecture) or "")
+
     def suffix(self, module: Module, role: str) -> str:
         """As in the table, but a Tucker module's pair is spelled as ComfyUI expects it beside `lora_mid`."""
         if role == "bias":
-            return ".diff_b"
+            return BESIDE_NORM if "w_norm" in module.factors else ".diff_b"
         return _KOHYA_PAIR[role] if "mid" in module.factors else super().suffix(module, role)
 
     def obstacle(self, module: Module) -> str | None:
         """ComfyUI adds a bias (`diff_b`) without alpha / rank: it is right only at scale 1."""
         if "bias" in module.factors and module.scale != 1.0:
             return "comfyui scales a lora_bias by 1 and not by alpha / rank"
+        constraint = module.factors.get("constraint")
+        if constraint is not None and constraint.item() > 0:
+            return f"comfyui takes the constraint of {module.family.title} for another one: without the width"
+        if module.family.id == "oft" and "rescale" in module.factors:
+            return "comfyui ignores the rescale of OFT"
         return super().obstacle(module)
 
     def alpha_tensor(self, module: Module) -> LazyTensor | None:
@@ -71,12 +94,26 @@ class Comfyui(Layout):
         return None if module.scale == 1.0 else super().alpha_tensor(module)
 
 
+_OWN_NAMES = (".scale",)
+
+
+def _own_name(voice: Voice, name: str, component: str, architecture: Architecture) -> str | None:
+    """What a parameter has behind its module's name, where that is not `.weight`."""
+    naming = architecture.naming(component, voice.naming)
+    key = naming.home(naming[name][0]).tensor_key
+    return key[len(name) :] if key.startswith(name) and key[len(name) :] in _OWN_NAMES else None
+
+
 _SPELLING: Mapping[tuple[str, str], str] = {
     ("lora", "down"): ".lora_A.weight",
     ("lora", "up"): ".lora_B.weight",
     ("lora", "mid"): ".lora_mid.weight",
     ("lora", "bias"): ".lora_B.bias",  # what is read; ComfyUI itself wants `diff_b`: see `suffix`
-    **{("lokr", role): f".lokr_{role}" for role in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    **LOKR,
+    **LOHA,
+    **{meaning: suffix for meaning, suffix in WEIGHT_CHANGING.items() if meaning[1] not in ("diag", "bm")},
+    **FULL,
+    ("set", "weight"): ".set_weight",
     (ANY, ALPHA): ".alpha",
     (ANY, MAGNITUDE): ".dora_scale",
 }
@@ -96,8 +133,6 @@ LAYOUT = Comfyui(
         ".lora_linear_layer.down.weight": ("lora", "down"),
         ".lora_linear_layer.up.weight": ("lora", "up"),
         ".lora_magnitude_vector": (ANY, MAGNITUDE),
-        **{f".hada_{role}": ("loha", role) for role in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-        ".diff": ("diff", "diff"),
-        ".diff_b": ("diff", "diff_b"),
+        BESIDE_NORM: ("diff", "bias"),
     },
 )

@@ -5,24 +5,27 @@ WebUI (A1111), Forge and their kin write no spelling of their own: `a1111` is an
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from loratool.core.adapter import Adapter
-from loratool.core.layout import ALPHA, ANY, MAGNITUDE, Layout
+from loratool.core.architecture import Architecture, Spoken
+from loratool.core.layout import ALPHA, ANY, MAGNITUDE, Layout, Parsed
+from loratool.core.module import Module
 from loratool.layouts._flattened import single_underscore
+from loratool.layouts._lycoris import BESIDE_NORM, FULL, IA3, LOHA, LOKR, WEIGHT_CHANGING
 
 _SUPPORTED = {
     ("lora", "down"): ".lora_down.weight",
     ("lora", "up"): ".lora_up.weight",
     ("lora", "mid"): ".lora_mid.weight",
-    ("lokr", "w1"): ".lokr_w1",
-    ("lokr", "w1_a"): ".lokr_w1_a",
-    ("lokr", "w1_b"): ".lokr_w1_b",
-    ("lokr", "w2"): ".lokr_w2",
-    ("lokr", "w2_a"): ".lokr_w2_a",
-    ("lokr", "w2_b"): ".lokr_w2_b",
-    ("lokr", "t2"): ".lokr_t2",
-    (ANY, ALPHA): ".alpha",
+    **LOKR,
+    **LOHA,
+    **IA3,
+    **WEIGHT_CHANGING,
+    **FULL,
+    ("set", "weight"): ".set_weight",
+    (ANY, ALPHA): ".alpha",  # behind OFT's constraint, which has the same suffix
     (ANY, MAGNITUDE): ".dora_scale",
 }
 
@@ -34,14 +37,12 @@ _ALIASES = {
     ".lora_linear_layer.down.weight": ("lora", "down"),
     ".lora_linear_layer.up.weight": ("lora", "up"),
     ".lora_magnitude_vector": (ANY, MAGNITUDE),
-    # Families without a plug-in: their keys are recognised, named in the report, and travel as extras.
-    **{f".hada_{role}": ("loha", role) for role in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-    **{f".{role}.weight": ("glora", role) for role in ("a1", "a2", "b1", "b2")},
-    **{suffix: ("diff", suffix[1:]) for suffix in (".diff", ".diff_b", ".w_norm", ".b_norm")},
-    ".oft_blocks": ("oft", "blocks"),
-    ".on_input": ("ia3", "on_input"),
-    ".weight": ("ia3", "weight"),
+    BESIDE_NORM: ("diff", "bias"),
+    # A family without a plug-in: its keys are recognised, named in the report, and travel as extras.
+    **{f".bias_{role}": ("sparse bias", role) for role in ("indices", "values", "size")},
 }
+
+_OFT_PREFIX, _PREFIX = "oft_unet_", "lora_unet_"
 
 
 class Kohya(Layout):
@@ -61,6 +62,33 @@ class Kohya(Layout):
         meaning = self.suffixes.get(dot + rest)
         return (stem, *meaning) if meaning is not None and stem else None
 
+    def parse(self, keys: Sequence[str]) -> Parsed:
+        """A `.weight` is IA3's only beside its flag; without it, it is a tensor that nobody knows."""
+        parsed = super().parse(keys)
+        strays = [
+            stem
+            for stem, group in parsed.groups.items()
+            if group.by_family.get("ia3", {"on_input": ""}).keys() == {"output"}
+        ]
+        unknown = list(parsed.unknown)
+        groups = dict(parsed.groups)
+        for stem in strays:
+            unknown += groups[stem].by_family.pop("ia3").values()
+            if not groups[stem].by_family and not groups[stem].shared:
+                del groups[stem]
+        return Parsed(groups, tuple(unknown))
+
+    def resolve(self, stem: str, architecture: Architecture, metadata: Mapping[str, str]) -> Sequence[Spoken]:
+        """sd-scripts' own OFT has `oft_unet_` where everybody else has `lora_unet_`. Written is the latter."""
+        if not stem.startswith(_OFT_PREFIX):
+            return super().resolve(stem, architecture, metadata)
+        found = super().resolve(_PREFIX + stem[len(_OFT_PREFIX) :], architecture, metadata)
+        return [replace(said, voice=replace(said.voice, prefix=_OFT_PREFIX)) for said in found]
+
+    def suffix(self, module: Module, role: str) -> str:
+        """As in the table, but a norm's bias has a name of its own."""
+        return BESIDE_NORM if role == "bias" and "w_norm" in module.factors else super().suffix(module, role)
+
     def with_alphas(self, adapter: Adapter) -> Adapter:
         """sd-scripts' `split_qkv` makes the parts block-diagonal and leaves alpha as it was: said, not corrected."""
         if '"split_qkv": "true"' in adapter.metadata.get("ss_network_args", "").lower():
@@ -68,6 +96,9 @@ class Kohya(Layout):
                 "trained with split_qkv: sd-scripts stores fused modules at a multiple of the rank, alpha unchanged, "
                 "so programs apply them that much weaker than in training; the file is taken as programs apply it"
             )
+            return replace(adapter, notes=(*adapter.notes, note))
+        if adapter.metadata.get("ss_network_module", "").endswith("dylora"):
+            note = "trained as a DyLoRA: its first ranks are a LoRA by themselves, which convert --unpack N takes out"
             return replace(adapter, notes=(*adapter.notes, note))
         return adapter
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from loratool.core.errors import UsageError
+from loratool.core.errors import NotExact, UsageError
 from loratool.core.module import Module
 from loratool.core.registry import families
 from loratool.core.tensor import LazyTensor, torch_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loratool.ops.weights import BaseWeights
 
 
 @dataclass(frozen=True)
@@ -47,28 +53,60 @@ def check_options(family: str | None, rank: int | None, energy: float | None) ->
 
 
 def as_lora(
-    modules: Sequence[Module], wish: Wish, obstacle: Callable[[Module], str | None]
+    modules: Sequence[Module],
+    wish: Wish,
+    obstacle: Callable[[Module], str | None],
+    base: BaseWeights | None = None,
 ) -> tuple[tuple[Module, ...], tuple[Approximated, ...]]:
-    """The modules, those with an obstacle as LoRA pairs by truncated SVD of the dense update (computed in float64).
+    """The modules, those of other families as LoRA pairs by truncated SVD of the dense update (computed in float64).
 
+    A Tucker module becomes one where it has an obstacle. Vectors (of norms and biases) are no matrix, and stay. What
+    families that are not additive change is taken with the weights of `base`; raises NotExact where there are none.
     Factors are balanced (sqrt(S) on each side), in the module's dtype; alpha becomes the rank. The error reported is
     that of the stored, rounded factors.
     """
     made, report = [], []
     for module in modules:
-        if (module.family.id == "lora" and "mid" not in module.factors) or obstacle(module) is None:
+        if not _is_rewritten(module, obstacle):
             made.append(module)
             continue
-        pair, error = _truncated(module, wish)
+        pair, error = _truncated(module, wish, base)
         made.append(pair)
         report.append(Approximated(module.title, module.family.id, pair.rank, error))
     return tuple(made), tuple(report)
 
 
-def _truncated(module: Module, wish: Wish) -> tuple[Module, float]:
+def _is_rewritten(module: Module, obstacle: Callable[[Module], str | None]) -> bool:
+    """Whether a module becomes a pair."""
+    if module.family is families()["lora"]:
+        return "mid" in module.factors and obstacle(module) is not None
+    return len(module.shape) > 1
+
+
+def _update(module: Module, base: BaseWeights | None) -> Tensor:
+    """The update in float64, `(out, in)` or `(out, in, kh, kw)`."""
     import torch
 
-    delta = module.delta().double()
+    if module.family.additive:
+        loaded = {role: factor.load().double() for role, factor in module.factors.items()}
+        return module.family.delta(loaded, module.scale)
+    from loratool.ops.factored import dense_update
+
+    if base is None:
+        raise NotExact(
+            f"{module.title}: what {module.family.title} modules change depends on the base weights",
+            hint="add --base CHECKPOINT, the model that it was trained on",
+        )
+    dense = dense_update(module, torch.float64, base=base)
+    kernel = module.shape[2:]
+    return dense.reshape(len(dense), -1, *kernel) if kernel else dense
+
+
+def _truncated(module: Module, wish: Wish, base: BaseWeights | None) -> tuple[Module, float]:
+    import torch
+
+    module = module if base is None else base.sized(module)
+    delta = _update(module, base)
     standard = module.targets[0].shape
     if delta.dim() == 2 and len(standard) > 2:  # a LoKr whose w2_b hides the kernel
         kernel = standard[2:]
@@ -88,6 +126,8 @@ def _truncated(module: Module, wish: Wish) -> tuple[Module, float]:
     }
     norm = float(delta.norm())
     error = float((delta.flatten(1) - up.double() @ down.double()).norm()) / norm if norm else 0.0
+    if "bias" in module.factors:
+        stored["bias"] = module.factors["bias"]
     pair = replace(module, family=families()["lora"], factors=stored, alpha=float(rank), keys={})
     return pair, error
 

@@ -341,7 +341,8 @@ def _names(pattern: str, target: Target, label: str, architecture: Architecture)
 def blocks_of(adapter: Adapter) -> BlockTable:
     """The blocks of a file with their norms, in float64. Reads every factor, one module at a time.
 
-    A module over several blocks counts for the first one. Of a DoRA module the norm is that of its low-rank part.
+    A module over several blocks counts for the first one. Of a DoRA module the norm is that of its low-rank part; that
+    of a family whose update depends on the weight is nan.
     """
     architecture = adapter.architecture
     blocks = architecture.blocks
@@ -416,6 +417,8 @@ def _block_names(architecture: Architecture) -> Mapping[str, tuple[str, ...]]:
 
 def _squared_norm(module: Module) -> float:
     """||delta||_F^2. Of a pair from its r x r Gram matrices, so that no dense matrix is formed."""
+    if not module.family.additive:
+        return math.nan  # it depends on the weight
     pair = stored_pair(module)
     if pair is None:
         return float(module.delta().double().square().sum())

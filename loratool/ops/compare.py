@@ -70,7 +70,7 @@ def compare(left: Sequence[Module], right: Sequence[Module]) -> Iterator[Differe
         if a is None or b is None:
             one = a or b
             assert one is not None
-            if _norm(one) > 0:
+            if not one.module.family.additive or _norm(one) > 0:
                 yield Difference(".".join(target), 1.0)
         else:
             yield difference(a, b)
@@ -95,7 +95,7 @@ def difference(a: _Stretch, b: _Stretch) -> Difference:
     title = a.module.title if a.whole else f"{a.module.title}[{a.start}:{a.stop}]"
     if _bitwise(a, b) or _same_live(a, b):
         return Difference(title, 0.0, bitwise=True)
-    error = _relative(a, b)
+    error = _relative(a, b) if a.module.family.additive and b.module.family.additive else _of_factors(a, b)
     for role in ("magnitude", "bias"):
         x, y = _vector(a, role), _vector(b, role)
         if x is None and y is None:
@@ -106,6 +106,25 @@ def difference(a: _Stretch, b: _Stretch) -> Difference:
         further = _ratio(float((x - y).norm()), float(x.norm()))
         error = further if math.isnan(further) else max(error, further)
     return Difference(title, error, tolerance=_tolerance(a, b))
+
+
+def _of_factors(a: _Stretch, b: _Stretch) -> float:
+    """The largest relative error of a factor, of families whose update depends on the weight."""
+    import torch
+
+    if a.module.family is not b.module.family:
+        return math.inf
+    left, right = (dict(one.module.family.rows(one.module.factors, one.start, one.stop)) if not one.whole else
+                   dict(one.module.factors) for one in (a, b))  # fmt: skip
+    if left.keys() != right.keys():
+        return math.inf
+    worst = 0.0
+    for role, tensor in left.items():
+        x, y = tensor.load().double().flatten(), right[role].load().double().flatten()
+        if x.shape != y.shape:
+            return math.inf
+        worst = max(worst, _ratio(float(torch.linalg.vector_norm(x - y)), float(torch.linalg.vector_norm(x))))
+    return worst
 
 
 def _tolerance(a: _Stretch, b: _Stretch) -> float:
@@ -171,7 +190,8 @@ def _norm(stretch: _Stretch) -> float:
 
 
 def _dense(stretch: _Stretch) -> Tensor:
-    return stretch.module.delta()[stretch.start : stretch.stop].double().flatten(1)
+    rows = stretch.module.delta()[stretch.start : stretch.stop].double()
+    return rows.reshape(len(rows), -1)
 
 
 def _relative(a: _Stretch, b: _Stretch) -> float:
@@ -208,7 +228,7 @@ def stored_pair(module: Module) -> tuple[Tensor, Tensor] | None:
     """`(out, rank)` and `(rank, in * kh * kw)` in float64 whose product times the scale is the update; None where it is
     no product of two stored factors."""
     product = module.product
-    if not product.whole or product.core is not None or product.right is None:
+    if product is None or not product.whole or product.core is not None or product.right is None:
         return None
     left, right = product.left.load().double(), product.right.load().double()
     return (right.T, left.T) if product.transposed else (left, right)

@@ -129,10 +129,12 @@ def _alike(left: tuple[Module, ...], right: tuple[Module, ...]) -> bool:
 
 
 def cast(module: Module, dtype: str) -> Module:
-    """The module with its factors (and magnitude) rounded to `dtype`."""
+    """The module with its factors (and magnitude) rounded to `dtype`; constants, such as OFT's constraint, stay."""
     return replace(
         module,
-        factors={role: _cast_tensor(factor, dtype) for role, factor in module.factors.items()},
+        factors={
+            role: _cast_tensor(factor, dtype) if factor.shape else factor for role, factor in module.factors.items()
+        },
         magnitude=None if module.magnitude is None else _cast_tensor(module.magnitude, dtype),
     )
 

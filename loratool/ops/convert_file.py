@@ -55,17 +55,24 @@ def convert_file(
     architecture: Architecture | str | None = None,
     dtype: str | None = None,
     approximate: Wish | None = None,
+    base: str | None = None,
+    unpack: int | None = None,
     drop_extras: bool = False,
     overwrite: bool = False,
     verify: bool = True,
     progress: Progress | None = None,
 ) -> Report:
-    """Converts the adapter at `path` into layout `to` at `output`; see `convert` and `save` for what is guaranteed."""
+    """Converts the adapter at `path` into layout `to` at `output`; see `convert` and `save` for what is guaranteed.
+
+    `base` is a checkpoint whose weights are used where an approximation depends on them; `unpack` a rank that is taken
+    out of a DyLoRA.
+    """
     started = time.perf_counter()
     check_output(output, [os.fspath(path)], layouts()[to].folder, overwrite)
     source = open_adapter(path, architecture=architecture)
     try:
-        adapted, approximated = _approximated(source, to, approximate)
+        taken = source if unpack is None else _unpacked(source, unpack)
+        adapted, approximated = _approximated(taken, to, approximate, base)
         converted = convert(adapted, to, dtype=dtype, drop_extras=drop_extras)
         proof = save(converted, adapted, output, overwrite=overwrite, verify=verify, progress=progress)
     except LoratoolError as error:
@@ -73,10 +80,25 @@ def convert_file(
     return _report(source, converted, os.fspath(output), approximated, proof, time.perf_counter() - started)
 
 
-def _approximated(source: Adapter, to: str, wish: Wish | None) -> tuple[Adapter, tuple[Approximated, ...]]:
+def _unpacked(source: Adapter, rank: int) -> Adapter:
+    from loratool.ops.unpack import unpacked
+
+    return replace(
+        unpacked(source, rank), metadata=with_history(source.metadata, {"op": "unpack", "from": "DyLoRA", "rank": rank})
+    )
+
+
+def _approximated(
+    source: Adapter, to: str, wish: Wish | None, base: str | None
+) -> tuple[Adapter, tuple[Approximated, ...]]:
     if wish is None:
         return source, ()
-    modules, report = as_lora(source.modules, wish, layouts()[to].obstacle)
+    weights = None
+    if base is not None and any(not module.family.additive for module in source.modules):
+        from loratool.ops.weights import base_weights
+
+        weights = base_weights(base, source)
+    modules, report = as_lora(source.modules, wish, layouts()[to].obstacle, weights)
     if not report:
         return source, ()
     worst = max(item.error for item in report)

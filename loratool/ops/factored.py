@@ -20,8 +20,8 @@ def pair_update(
     The square root of the scale / unit is on either side, its sign on the left; a Tucker core becomes part of the
     right. None for families whose update is no such product, and for DoRA. Raises FormatError for NaN or infinity.
     """
-    product = module.product
-    if not product.whole or product.right is None or module.magnitude is not None:
+    product = module.ranked
+    if product is None or not product.whole or product.right is None or module.needs_base:
         return None
     left, right = product.left.load(device).to(work), product.right.load(device).to(work)
     check_finite(module, left)
@@ -41,17 +41,20 @@ def pair_update(
 
 def dense_update(module: Module, work: torch.dtype, device: str = "cpu", base: BaseWeights | None = None) -> Tensor:
     """The update as one matrix `(out, in * kh * kw)` in `work`; of a DoRA module `m (W + delta) / ||W + delta|| - W`
-    (Liu et al. 2024, arXiv:2402.09353), for which `base` is needed. Raises FormatError for NaN or infinite values."""
+    (Liu et al. 2024, arXiv:2402.09353), of a family that is not additive what it makes of W at strength 1, less W: for
+    both `base` is needed. Raises FormatError for NaN or infinite values."""
     loaded = {role: factor.load(device).to(work) for role, factor in module.factors.items()}
     for values in loaded.values():
         check_finite(module, values)
-    delta = module.family.delta(loaded, module.scale).flatten(1)
+    if not module.family.additive:
+        weight = _base_of(module, base, device).to(work)
+        return module.family.apply(loaded, module.scale, weight, 1.0) - weight
+    delta = module.family.delta(loaded, module.scale)
+    delta = delta.reshape(len(delta), -1)
     if module.magnitude is None:
         return delta
-    if base is None:
-        raise ValueError(f"{module.title}: the base weight is needed")
     magnitude = module.magnitude.load(device).to(work)
-    weight = base.load(module, device).to(work)
+    weight = _base_of(module, base, device).to(work)
     whole = weight + delta
     if module.magnitude_per_row:
         rows: Tensor = whole * (magnitude.reshape(-1, 1) / torch.linalg.vector_norm(whole, dim=1, keepdim=True))
@@ -60,3 +63,9 @@ def dense_update(module: Module, work: torch.dtype, device: str = "cpu", base: B
     norms = torch.linalg.vector_norm(columns, dim=(0, 2), keepdim=True)
     scaled: Tensor = columns * (magnitude.reshape(1, -1, 1) / norms)
     return scaled.flatten(1) - weight
+
+
+def _base_of(module: Module, base: BaseWeights | None, device: str) -> Tensor:
+    if base is None:
+        raise ValueError(f"{module.title}: the base weight is needed")
+    return base.load(module, device)

@@ -27,7 +27,7 @@ def decompose_on(device: str, modules: Sequence[Module], tick: Tick | None = Non
     found: dict[int, Spectrum] = {}
     groups: dict[object, list[int]] = {}
     for index, module in enumerate(modules):
-        product = module.product
+        product = module.ranks()
         pair = (product.left, product.right) if product.core is None and product.right is not None else ()
         groups.setdefault(tuple((side.shape, side.dtype) for side in pair) or index, []).append(index)
     for indices in groups.values():
@@ -44,7 +44,7 @@ def _batches(modules: Sequence[Module], indices: Sequence[int]) -> Iterator[Sequ
 
 
 def _batch(batch: Mapping[int, Module], device: str) -> dict[int, Spectrum]:
-    products = [module.product for module in batch.values()]
+    products = [module.ranks() for module in batch.values()]
     rights = [product.right for product in products if product.right is not None and product.core is None]
     if len(rights) < len(batch):
         return {index: spectrum(module) for index, module in batch.items()}
@@ -60,7 +60,7 @@ def _batch(batch: Mapping[int, Module], device: str) -> dict[int, Spectrum]:
     def one(item: tuple[int, Module]) -> Spectrum:
         at, module = item
         core = cores[at] or by_qr(left[at].cpu().numpy(), right[at].cpu().numpy())
-        return from_core(module.product, core, outer_scale(module), multiply)
+        return from_core(module.ranks(), core, outer_scale(module), multiply)
 
     def multiply(one: Any, other: Any, dtype: str, work: str) -> LazyTensor:
         def there(side: Any) -> Tensor:

@@ -35,9 +35,11 @@ def converted_header(adapter: Adapter, source: Layout, layout: Layout, written: 
         header.setdefault("sshs_model_hash", PLACEHOLDER)
         header.setdefault("sshs_legacy_hash", PLACEHOLDER[:8])
     if "ss_network_dim" in header:
-        header["ss_network_dim"] = _commonest(Counter(m.rank for m in adapter.modules), header["ss_network_dim"])
+        header["ss_network_dim"] = _commonest(
+            Counter(m.rank for m in adapter.modules if m.rank), header["ss_network_dim"]
+        )
     if "ss_network_alpha" in header:
-        alphas = Counter(float(m.rank if m.alpha is None else m.alpha) for m in adapter.modules)
+        alphas = Counter(float(m.rank if m.alpha is None else m.alpha) for m in adapter.modules if m.rank)
         header["ss_network_alpha"] = _commonest(alphas, header["ss_network_alpha"])
     return header
 
@@ -85,7 +87,7 @@ def _network_args(stated: str, adapter: Adapter) -> str:
         return stated
     if not isinstance(args, dict):
         return stated
-    kernels = [module for module in adapter.modules if any(size > 1 for size in module.shape[2:])]
+    kernels = [module for module in adapter.modules if module.rank and any(size > 1 for size in module.shape[2:])]
     for key, values in (
         ("conv_dim", Counter[float](m.rank for m in kernels)),
         ("conv_alpha", Counter[float](float(m.rank if m.alpha is None else m.alpha) for m in kernels)),
@@ -98,6 +100,8 @@ def _network_args(stated: str, adapter: Adapter) -> str:
 def _commonest(values: Counter[int] | Counter[float], stated: str) -> str:
     """What sd-scripts states: the one value, or "Dynamic". What the file states stays if it is the commonest value:
     trainers state the main dim and put a convolution's own into `ss_network_args`."""
+    if not values:
+        return stated  # no module has a rank
     ((value, _), *_) = values.most_common(1)
     try:
         if float(stated) == value:

@@ -56,7 +56,8 @@ class ModuleInfo:
 @dataclass(frozen=True, eq=False)
 class Info:
     """What a file is. Sizes in bytes, `architecture_score` the share of its keys' names that the tables know,
-    `standard_modules` the number of modules whose size is the standard model's."""
+    `standard_modules` the number of modules whose size is the standard model's, `embeddings` the vectors of each
+    textual inversion in the file."""
 
     path: str
     layout: str
@@ -83,6 +84,7 @@ class Info:
     webui_tag: str
     metadata: Mapping[str, str]
     side_files: Mapping[str, str]
+    embeddings: Mapping[str, int]
     unread_keys: Sequence[str]
     unread_families: Mapping[str, int]
     notes: Sequence[str]
@@ -121,7 +123,7 @@ def describe(opened: Opened, keys: bool = False) -> Info:
         components=components,
         ranks=_total(component.ranks for component in components.values()),
         alphas=_total(component.alphas for component in components.values()),
-        dtypes=dict(Counter(t.dtype for m in adapter.modules for t in m.factors.values()).most_common()),
+        dtypes=dict(Counter(t.dtype for m in adapter.modules for t in m.factors.values() if t.shape).most_common()),
         dora=sum(module.magnitude is not None for module in adapter.modules),
         parameters=sum(component.parameters for component in components.values()),
         size_bytes=adapter.size_bytes,
@@ -131,6 +133,7 @@ def describe(opened: Opened, keys: bool = False) -> Info:
         webui_tag=f"<lora:{Path(adapter.path).stem}:1>",
         metadata=metadata,
         side_files=adapter.side_files,
+        embeddings=_embeddings(adapter),
         unread_keys=tuple(adapter.extras),
         unread_families=adapter.unread_families,
         notes=adapter.notes,
@@ -157,7 +160,7 @@ def _component(modules: Sequence[Module]) -> ComponentInfo:
     return ComponentInfo(
         modules=len(modules),
         parameters=sum(module.parameters for module in modules),
-        ranks=dict(Counter(module.rank for module in modules).most_common()),
+        ranks=dict(Counter(module.rank for module in modules if module.rank).most_common()),
         alphas=_alphas(modules),
         blocks=dict(Counter(block_of(module) for module in modules)),
         families=dict(Counter(module.family.id for module in modules)),
@@ -271,6 +274,21 @@ def _learned_tokens(adapter: Adapter) -> str | None:
     """Tokens whose embeddings the file brings along (cloneofsimo)."""
     tokens = [key for key in adapter.extras if adapter.metadata.get(key) == "<embed>"]
     return " ".join(tokens) or None
+
+
+_BUNDLED = re.compile(r"^bundle_emb\.(.+?)\.(?:string_to_param\.\*|emb_params|clip_l|clip_g|t5|[^.]*_out|vector)$")
+
+
+def _embeddings(adapter: Adapter) -> dict[str, int]:
+    """Name -> vectors of the textual inversions that the file brings along (`bundle_emb.NAME...`, `emb_params`)."""
+    found: dict[str, int] = {}
+    for key, tensor in adapter.extras.items():
+        match = _BUNDLED.match(key)
+        name = match[1] if match else "emb_params" if key == "emb_params" else None
+        if name is not None:
+            vectors = tensor.shape[0] if len(tensor.shape) > 1 else 1
+            found[name] = max(found.get(name, 0), vectors)
+    return found
 
 
 def _json(text: str) -> Any:

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 class MergedModule:
     """What became of one tuple of targets. `ranks` of the inputs that update it, None for those that do not.
 
+    `norm` is nan for a module that is kept as it is and whose update depends on the weight.
     `error` is the relative error (Frobenius) of the factors against what the method says, rounding not counted: 0 for
     an exact sum. `approximated` names what a low-rank form replaces. `conflicts` are the entries on which the inputs
     disagree in sign, out of `shared` that at least two of them change (None where the method does not ask).
@@ -86,8 +87,9 @@ class Merged:
     @property
     def error(self) -> float:
         """Relative error of the whole adapter against what the method says (Frobenius), rounding not counted."""
-        total = math.fsum(module.norm**2 for module in self.modules)
-        lost = math.fsum((module.error * module.norm) ** 2 for module in self.modules)
+        known = [module for module in self.modules if not math.isnan(module.norm)]
+        total = math.fsum(module.norm**2 for module in known)
+        lost = math.fsum((module.error * module.norm) ** 2 for module in known)
         return math.sqrt(lost / total) if total else 0.0
 
 
@@ -117,6 +119,8 @@ def merge(
     """
     options, inputs = dict(options or {}), of_one_size(inputs)
     check_inputs(inputs, method, options)
+    if base is not None:
+        inputs = [replace(one, adapter=base.sized_all(one.adapter)) for one in inputs]
     first = inputs[0].adapter
     layout = layouts()[to or first.layout]
     groups, silent = group(inputs, layout, approximate, voting="sign" in method.options)
@@ -126,9 +130,7 @@ def merge(
     adapter = Adapter(tuple(one.module for one in made), first.architecture, layout.id, path=first.path)
     cuts: Sequence[Cut | None] = [None] * len(made)
     if rule is not None:
-        spectra = _spectra(made, device)
-        resized = resize(adapter, rule, limits=limits, dtype=dtype, spectra=spectra, written=written)
-        adapter, cuts = resized.adapter, resized.cuts
+        adapter, cuts = _cut(adapter, made, rule, limits, dtype, written, device)
     modules = tuple(
         module if module.dtype == one.dtype or module is one.kept else cast(module, one.dtype)
         for one, module in zip(made, adapter.modules, strict=True)
@@ -145,6 +147,35 @@ def merge(
         cosines={component: _cosines(made, component) for component in adapter.components},
         silent=silent,
     )
+
+
+def _cut(
+    adapter: Adapter,
+    made: Sequence[_Made],
+    rule: Rule,
+    limits: Limits | None,
+    dtype: str | None,
+    written: Written | None,
+    device: str,
+) -> tuple[Adapter, Sequence[Cut | None]]:
+    """The adapter cut by a rule, and how; modules without ranks, which are an input's very own, stay."""
+    ranked = [index for index, module in enumerate(adapter.modules) if module.ranked is not None]
+    some = replace(adapter, modules=tuple(adapter.modules[index] for index in ranked))
+
+    def whole(modules: Sequence[Module]) -> tuple[Module, ...]:
+        new = dict(zip(ranked, modules, strict=True))
+        return tuple(new.get(index, module) for index, module in enumerate(adapter.modules))
+
+    resized = resize(
+        some,
+        rule,
+        limits=limits,
+        dtype=dtype,
+        spectra=_spectra([made[index] for index in ranked], device),
+        written=None if written is None else lambda modules: written(whole(modules)),
+    )
+    cuts = dict(zip(ranked, resized.cuts, strict=True))
+    return replace(adapter, modules=whole(resized.adapter.modules)), [cuts.get(i) for i in range(len(made))]
 
 
 def check_inputs(inputs: Sequence[Input], method: Method, options: Mapping[str, Any]) -> None:
@@ -199,23 +230,27 @@ def _check_kinds(
     """Raises NotExact where something has to be replaced by a low-rank form and nobody asked for that."""
     needed = {one.first.title: found for one in groups if (found := _replaced(one, method))}
     kinds = sorted({kind for found in needed.values() for kind in found})
+    terms = [term for one in groups if one.first.title in needed for term in one.terms]
+    based = sorted({term.kind for term in terms if term.kind is not None and term.own.needs_base})
     if not needed:
         return
     if not approximate:
         raise NotExact(
             f"{len(needed)} modules ({', '.join(kinds)}) have no exact sum: {few(tuple(needed))}",
-            hint=REPLACED_BY + ("; DoRA needs --base CHECKPOINT as well" if "DoRA" in kinds else ""),
+            hint=REPLACED_BY + (f"; {' and '.join(based)} needs --base CHECKPOINT as well" if based else ""),
         )
-    if "DoRA" in kinds and base is None:
-        title = next(title for title, found in needed.items() if "DoRA" in found)
-        raise NotExact("what a DoRA changes depends on the base weights", key=title, hint="add --base CHECKPOINT")
+    if based and base is None:
+        title = next(title for title, found in needed.items() if set(found) & set(based))
+        raise NotExact(
+            f"what {based[0]} modules change depends on the base weights", key=title, hint="add --base CHECKPOINT"
+        )
     if rule is None:
         raise UsageError("--approximate does not say how far", hint="add --rank N, --energy 0.999 or another rule")
 
 
 def _replaced(one: Group, method: Method) -> tuple[str, ...]:
     """The kinds of modules in a group that a low-rank form has to replace."""
-    if _is_alone(one, method):
+    if _is_alone(one, method) or one.full:
         return ()
     return tuple(dict.fromkeys(term.kind for term in one.terms if term.kind is not None))
 
@@ -225,7 +260,7 @@ def _is_alone(one: Group, method: Method) -> bool:
     term = one.terms[0]
     if not method.exact or len(one.terms) > 1 or term.gain is None or not one.writable or term.stands_for is not None:
         return False
-    return term.module.magnitude is None or term.weight * term.gain == 1
+    return not term.module.needs_base or term.weight * term.gain == 1
 
 
 # -- one module -----------------------------------------------------------------------------------------------------
@@ -269,7 +304,7 @@ class _Made:
 
     def row(self, inputs: int, module: Module, cut: Cut | None) -> MergedModule:
         """What is reported of it, after a rule that made `module` of it."""
-        ranks = {term.index: term.own.product.rank for term in self.group.terms}
+        ranks = {term.index: term.own.stored_rank for term in self.group.terms}
         error = self.result.error
         # What the rule lost is a share of what the first truncation had left.
         further = cut.error**2 * (1 - error**2) if cut is not None else 0.0
@@ -279,7 +314,7 @@ class _Made:
             title=module.title,
             component=module.component,
             ranks=tuple(ranks.get(index) for index in range(inputs)),
-            rank_after=module.product.rank,
+            rank_after=module.stored_rank,
             norm=cut.norm if cut is not None and measured else self.result.norm,
             error=math.sqrt(error**2 + further),
             approximated=self.replaced,
@@ -291,7 +326,7 @@ class _Made:
         """How far the final module is from `expected`."""
         if self.exact:
             return row.error
-        return cut.error if cut is not None and row.rank_after < self.module.product.rank else 0.0
+        return cut.error if cut is not None and row.rank_after < self.module.stored_rank else 0.0
 
 
 def _spectra(made: Sequence[_Made], device: str) -> list[Spectrum]:
@@ -316,7 +351,7 @@ class _Job:
 
     def run(self, one: Group) -> _Made:
         """The merged module of one group."""
-        dtype = self.dtype or common_dtype(f.dtype for term in one.terms for f in term.own.factors.values())
+        dtype = self.dtype or common_dtype(f.dtype for term in one.terms for f in term.own.factors.values() if f.shape)
         try:
             return self._alone(one, dtype) if _is_alone(one, self.method) else self._merged(one, dtype)
         except TooLarge as error:
@@ -329,9 +364,10 @@ class _Job:
         similar = Similar(seen)
         module, gain = term.module, term.weight * term.gains[0]
         # Without the base, the norm that a DoRA's factors have.
-        norm = similar.norm(self.weights) if seen[term.index].known else spectrum(module).norm
+        known = seen[term.index].known
+        norm = similar.norm(self.weights) if known else spectrum(module).norm if module.ranked else math.nan
         if gain == 1:
-            expected = _weighed(one) if module.magnitude is None else [(module, 1.0)]
+            expected = [(module, 1.0)] if module.needs_base else _weighed(one)
             kept = module if self.dtype is None or module.dtype == dtype else None
             return _Made(_Result(module, norm), one, dtype, similar.inner, expected, kept=kept)
         # First in the new dtype: it is this one's range that counts.
@@ -352,7 +388,7 @@ class _Job:
         result = self._result(one, seen, similar, dtype)
         # DoRA is no sum; what is no product of factors cannot be scaled row by row.
         exact = self.method.exact and all(
-            term.kind is None or (term.kind != "DoRA" and term.gain is not None) for term in one.terms
+            term.kind is None or (not term.own.needs_base and term.gain is not None) for term in one.terms
         )
         expected = _weighed(one) if exact else [(result.module, 1.0)]
         image = similar.image(self.weights) if exact else None
@@ -362,6 +398,9 @@ class _Job:
     def _result(self, one: Group, seen: Sequence[Seen], similar: Similar, dtype: str) -> _Result:
         if self.method.exact and all(term.kind is None for term in one.terms):
             return self._sum(one, seen, similar, dtype)
+        if one.full:
+            made = self.method.apply(seen, self.weights, self.options)
+            return self._full(one, made[0] @ made[1] if isinstance(made, tuple) else made)
         if self.method.exact:  # of dense updates: their factors would have every rank there is
             terms = [(each_seen.dense(), self.weights[each_seen.index]) for each_seen in seen if each_seen.term]
             return self._dense(one, sum((values * weight for values, weight in terms), torch.zeros(())), dtype)
@@ -466,10 +505,22 @@ class _Job:
             found = replace(found, cut=of_balanced(module, spread).cut)
         return _Result(module, norm, error, found)
 
+    def _full(self, one: Group, matrix: Tensor) -> _Result:
+        """A matrix in the form of the first module, which is a whole one."""
+        module = one.first
+        product = module.product
+        assert product is not None
+        factors = dict(module.family.with_product(module.factors, replace(product, left=_held(matrix))))
+        if "bias" in factors:
+            biases = [(t.module.factors["bias"].load().double(), t) for t in one.terms if "bias" in t.module.factors]
+            bias = sum((term.gained(values) * term.weight for values, term in biases), torch.zeros(()))
+            factors["bias"] = LazyTensor.from_torch(bias)
+        return _Result(replace(module, factors=factors, keys={}), float(matrix.double().norm()))
+
     def _limit(self, one: Group) -> int:
         """The rank that a dense result is brought to first: at least what the rule and the limits give it then."""
         if self.rule is None:
-            return max(term.own.product.rank for term in one.terms)
+            return max(term.own.stored_rank for term in one.terms)
         if self.rule.kind != "rank":
             return min(one.shape)
         return max(int(self.rule.value), self.limits.min_rank, self.limits.conv_rank or 1)

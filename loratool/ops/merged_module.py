@@ -40,7 +40,7 @@ def pair_module(one: Group, left: LazyTensor, right: LazyTensor, dtype: str) -> 
     if template is None:
         return plain_pair(one.first, left, right)
     product = Product(left, right)
-    if template.product.transposed:
+    if template.ranks().transposed:
         product = Product(_transposed(right), _transposed(left), transposed=True)
     factors = dict(template.family.with_product(template.factors, product))
     if any("bias" in term.module.factors for term in one.terms):
@@ -55,7 +55,7 @@ def pair_module(one: Group, left: LazyTensor, right: LazyTensor, dtype: str) -> 
 
 def _template(one: Group) -> Module | None:
     """The first module of the group whose form a plain pair can take."""
-    pairs = (term.module for term in one.terms if term.stands_for is None and term.module.product.whole)
+    pairs = (term.module for term in one.terms if term.stands_for is None and term.kind is None)
     return next(pairs, None)
 
 
@@ -127,7 +127,7 @@ def check_range(module: Module, norm: float) -> None:
 
 def of_balanced(module: Module, values: Sequence[float]) -> Spectrum:
     """The spectrum of a module whose factors are singular vectors, each times the root of one of these `values`."""
-    product = module.product
+    product = module.ranks()
     left, right = product.left, product.right
     assert right is not None
 

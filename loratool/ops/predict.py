@@ -42,7 +42,7 @@ def coarse(module: Module) -> Module:
 def _inner(module: Module, role: str) -> int:
     """The most terms that a sum over one side of a factor can have: its smallest side, or both of a core."""
     shape = module.factors[role].shape
-    return math.prod(shape[:2]) if role in ("mid", "t2") else min(shape[:2])
+    return math.prod(shape[:2]) if role in ("mid", "t1", "t2") else min(shape[:2])
 
 
 def _coarse(factor: LazyTensor, bits: int) -> LazyTensor:
@@ -138,12 +138,21 @@ def _shaped(gain: Tensor, part: Part) -> Tensor:
 
 
 def coarse_parts(sites: Sequence[Site]) -> dict[int, list[Part | Fixed]]:
-    """id of a site -> its parts with coarse modules; parts of one module share it."""
-    modules = {id(part.module): part.module for site in sites for part in site.parts if isinstance(part, Part)}
+    """id of a site -> its parts with coarse modules; parts of one module share it.
+
+    Those of families that are not additive are left out: what they do to a weight cannot be told from what became of
+    it, and so all of it is stored.
+    """
+    parts = {id(site): [part for part in site.parts if _told(part)] for site in sites}
+    modules = {id(part.module): part.module for own in parts.values() for part in own if isinstance(part, Part)}
     made = dict(zip(modules, each(coarse, list(modules.values())), strict=True))
     return {
         id(site): [
-            replace(part, module=made[id(part.module)]) if isinstance(part, Part) else part for part in site.parts
+            replace(part, module=made[id(part.module)]) if isinstance(part, Part) else part for part in parts[id(site)]
         ]
         for site in sites
     }
+
+
+def _told(part: Part | Fixed) -> bool:
+    return isinstance(part, Fixed) or part.module.family.additive

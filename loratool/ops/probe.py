@@ -74,6 +74,9 @@ def measure(
         return total
 
     def one(module: Module) -> Measured:
+        if not module.family.additive:
+            index = where.get((module.component, module.targets[0].path), (-1, 0, 0))[0]
+            return _stored(module, expected[index][0][0] if index >= 0 else None)
         x = vectors(module.delta_width)
         made = applied(module, x)
         meant = np.zeros_like(made)
@@ -96,6 +99,17 @@ def measure(
     return found
 
 
+def _stored(module: Module, meant: Module | None) -> Measured:
+    """How far the factors are from those that are meant, of a family whose update depends on the weight."""
+    if meant is None or meant.family is not module.family or meant.shapes != module.shapes:
+        return Measured(module.title, 0.0, math.inf)
+    pairs = [(factor.array(), meant.factors[role].array()) for role, factor in module.factors.items()]
+    norm, off = (math.sqrt(sum(_norm(one.reshape(-1)) ** 2 for one in side)) for side in (
+        [wanted for _, wanted in pairs], [found - wanted for found, wanted in pairs]
+    ))  # fmt: skip
+    return Measured(module.title, norm, off)
+
+
 def _norm(values: Array) -> float:
     return float(np.linalg.norm(values.astype(np.float64)))
 
@@ -103,9 +117,9 @@ def _norm(values: Array) -> float:
 def applied(module: Module, x: Array) -> Array:
     """The update times `x` `(in * kh * kw, s)`, float32, without forming it where the module is a pair."""
     product = module.product
-    if not product.whole or product.core is not None or product.right is None:
-        dense: Array = module.delta().flatten(1).numpy()
-        return dense @ x
+    if product is None or not product.whole or product.core is not None or product.right is None:
+        dense: Array = module.delta().numpy()
+        return dense.reshape(len(dense), -1) @ x
     left, right = product.left.array("float32"), product.right.array("float32")
     if product.transposed:
         left, right = right.T, left.T

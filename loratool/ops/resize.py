@@ -99,7 +99,7 @@ def resize(
 
 
 def _at(module: Module, found: Spectrum, rank: int, dtype: str | None) -> Module:
-    product = module.product
+    product = module.ranks()
     # A whole matrix that would only grow as a product stays whole.
     uncut = product.right is None and rank * sum(product.left.shape) >= product.left.numel
     made = module if uncut else truncated(module, found, rank, dtype)
@@ -110,7 +110,7 @@ def candidate(
     module: Module, found: Spectrum, dtype: str | None, norms: Norms | None = None, own: OwnRule | None = None
 ) -> Candidate:
     """What a rule sees of a module that becomes one of `dtype`."""
-    product = module.product
+    product = module.ranks()
     sizes = [product.left.shape[0], product.right.shape[1] if product.right is not None else product.left.shape[1]]
     core = product.core.numel // product.rank if product.core is not None else 0
     whole, peak = (norms or {}).get(module.targets, (1.0, None))
@@ -127,13 +127,13 @@ def candidate(
 
 
 def _cut(module: Module, found: Spectrum, made: Module, norms: Norms | None) -> Cut:
-    rank = made.product.rank
+    rank = made.stored_rank
     error = found.error(rank)
     whole = (norms or {}).get(module.targets, (0.0, 0.0))[0]
     return Cut(
         title=module.title,
         component=module.component,
-        rank_before=module.product.rank,
+        rank_before=module.stored_rank,
         rank_after=rank,
         norm=found.norm,
         energy=1 - error * error,

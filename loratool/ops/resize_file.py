@@ -16,6 +16,7 @@ from loratool.core.registry import layouts
 from loratool.files.bundle import check_output
 from loratool.ops import recipe
 from loratool.ops.blocks import places
+from loratool.ops.convert import cast
 from loratool.ops.decompose import decompose
 from loratool.ops.made import Held, Made, Progress, make, save_made, told
 from loratool.ops.open import open_adapter
@@ -104,13 +105,14 @@ def resize_file(
     try:
         hashes = recipe.hashing([path], base)
         begun = time.perf_counter()
-        spectra = decompose(source.modules, device, told(progress, "decomposing"))
+        ranked, vectors = _apart(source)
+        spectra = decompose(ranked.modules, device, told(progress, "decomposing"))
         seconds_decompose = time.perf_counter() - begun
         norms = None
         if base is not None:
             from loratool.ops.norms import base_norms  # torch, which nothing else here needs on the CPU
 
-            norms = base_norms(base, source, told(progress, "measuring the base"))
+            norms = base_norms(base, ranked, told(progress, "measuring the base"))
         digest, *of_base = hashes()
         told_input = {"name": name or file_name(path), "sha256": digest}
         settings = {
@@ -126,14 +128,16 @@ def resize_file(
         cut = []
         for rule in rules:
             made_by = recipe.recipe("resize", [told_input], {"rule": rule.title, **settings})
-            cut.append(_resized(source, rule, spectra, layout, made_by, limits, dtype, norms, own, drop_extras))
+            cut.append(
+                _resized(ranked, vectors, rule, spectra, layout, made_by, limits, dtype, norms, own, drop_extras)
+            )
         # Only now, when every rule is known to have an answer, is anything written.
-        expected = [[(module, 1.0)] for module in source.modules]
+        expected = [[(module, 1.0)] for module in (*ranked.modules, *vectors)]
         outcomes = []
         for (resized, made), written in zip(cut, outputs, strict=True):
             held = None
             if written is not None:
-                errors = [one.error for one in resized.cuts]
+                errors = [*(one.error for one in resized.cuts), *(0.0 for _ in vectors)]
                 held = save_made(made, expected, errors, written, overwrite=overwrite, verify=verify, progress=progress)
             outcomes.append(_outcome(resized, made, written, held))
     except LoratoolError as error:
@@ -151,7 +155,7 @@ def resize_file(
         unread_families=source.unread_families,
         notes=source.notes,
         values=tuple(found.values for found in spectra),
-        blocks=places(source),
+        blocks=places(ranked),
         outcomes=tuple(outcomes),
         seconds_decompose=seconds_decompose,
         seconds=time.perf_counter() - started,
@@ -178,8 +182,16 @@ def _outputs(rules: Sequence[Rule], output: str | os.PathLike[str] | None) -> li
     return list(names)
 
 
+def _apart(source: Adapter) -> tuple[Adapter, tuple[Module, ...]]:
+    """The adapter without the updates of norms and biases, which are vectors and stay as they are; and these."""
+    vectors = tuple(module for module in source.modules if len(module.shape) == 1)
+    matrices = tuple(module for module in source.modules if len(module.shape) > 1)
+    return replace(source, modules=matrices), vectors
+
+
 def _resized(
     source: Adapter,
+    vectors: Sequence[Module],
     rule: Rule,
     spectra: Sequence[Spectrum],
     layout: str,
@@ -191,7 +203,8 @@ def _resized(
     drop_extras: bool,
 ) -> tuple[Resized, Made]:
     def made(modules: Sequence[Module]) -> Made:
-        return make(replace(source, modules=tuple(modules)), layout, made_by, drop_extras=drop_extras)
+        kept = vectors if dtype is None else [cast(module, dtype) for module in vectors]
+        return make(replace(source, modules=(*modules, *kept)), layout, made_by, drop_extras=drop_extras)
 
     resized = resize(
         source,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from loratool.core.adapter import Adapter
 from loratool.core.errors import FormatError
 from loratool.core.module import Module
+from loratool.core.target import Target
 from loratool.core.tensor import LazyTensor
 from loratool.files.checkpoint import CheckpointFiles, WeightFile, WeightSet
 from loratool.ops.inputs import Input
@@ -148,6 +149,7 @@ class _Finder:
 
     def _place(self, index: int, base: BaseWeights, one: Input, module: Module) -> None:
         tensors = base.components[module.component]
+        module = base.sized(module)
         spans = base.spans(module)
         gains = one.blocks.of_module(module) if one.blocks is not None else (1.0,) * len(module.targets)
         strengths = [one.weight * gain for gain in gains]
@@ -156,8 +158,14 @@ class _Finder:
             return
         places = tuple((span, tensors[span.key], scale_of(tensors, span.key)[1]) for span in spans)
         for span, strength in _joined(spans, strengths):
-            if strength:
+            if strength and module.factors.keys() != {"bias"}:
                 self._note(index, span.key, module.component, Part(module, strength, span, places, one.adapter.path))
+        factors = module.family.on_bias(module.factors)
+        if factors is not None:
+            layer = replace(
+                module, factors=factors, targets=(Target(module.component, module.title, (module.shape[0], 1)),)
+            )
+            self._place_on_bias(index, base, one, layer, list(zip(spans, strengths, strict=True)))
         if "bias" in module.factors:
             self._place_bias(index, base, one, module, list(zip(spans, strengths, strict=True)))
 
@@ -183,6 +191,20 @@ class _Finder:
                 one.adapter.path,
             )
             self._note(index, key, module.component, fixed)
+
+    def _place_on_bias(
+        self, index: int, base: BaseWeights, one: Input, module: Module, spans: Sequence[tuple[Span, float]]
+    ) -> None:
+        """Notes what a module does to the bias of its layer; nothing where the layer has none."""
+        tensors = base.components[module.component]
+        keys = [span.bias_key for span, _ in spans]
+        if any(key is None or key not in tensors for key in keys):
+            return
+        moved = [replace(span, key=key, transposed=False) for (span, _), key in zip(spans, keys, strict=True) if key]
+        places = tuple((span, tensors[span.key], None) for span in moved)
+        for span, (_, strength) in zip(moved, spans, strict=True):
+            if strength:
+                self._note(index, span.key, module.component, Part(module, strength, span, places, one.adapter.path))
 
     def _saved(self, index: int, base: BaseWeights, one: Input) -> Iterator[str]:
         """Keys of the extras that are whole tensors of the base, which they replace: PEFT's modules_to_save, and the

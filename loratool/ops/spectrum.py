@@ -65,8 +65,8 @@ class Spectrum:
 
 
 def spectrum(module: Module) -> Spectrum:
-    """The spectrum of one module, computed in float64 on the CPU."""
-    product = module.product
+    """The spectrum of one module, computed in float64 on the CPU. Raises NotExact for one that has no ranks."""
+    product = module.ranks()
     scale = outer_scale(module)
     if product.core is not None:
         return _tucker(module, product, scale)
@@ -83,7 +83,7 @@ def truncated(module: Module, found: Spectrum, rank: int, dtype: str | None = No
     Factors are balanced (the square root of the singular values on either side). A rank that the module does not exceed
     leaves it as it is.
     """
-    product = module.product
+    product = module.ranks()
     if rank >= product.rank and dtype in (None, module.dtype):
         return module
     cut = found.cut(rank, dtype or module.dtype)
@@ -94,7 +94,7 @@ def truncated(module: Module, found: Spectrum, rank: int, dtype: str | None = No
 def outer_scale(module: Module) -> float:
     """Norm of the update over that of the stored product. Checks what is not of the product: bias, magnitude, alpha."""
     check_finite(module, np.float64(module.scale))
-    if module.product.whole:
+    if module.ranks().whole:
         for role in ("bias", "magnitude"):
             if role in module.tensors:
                 _loaded(module, module.tensors[role])
@@ -212,7 +212,7 @@ def _whole(module: Module, matrix: LazyTensor, scale: float) -> Spectrum:
 
     def cut(rank: int, dtype: str) -> Product:
         left, right = (x * root)[:, :rank], (root[:, None] * y)[:rank]
-        return replace(module.product, left=_held(left, dtype), right=_held(right, dtype))
+        return replace(module.ranks(), left=_held(left, dtype), right=_held(right, dtype))
 
     return _spectrum(values, scale, cut)
 

@@ -16,7 +16,6 @@ from loratool.core.layout import Layout
 from loratool.core.module import Module
 from loratool.core.naming import Naming
 from loratool.core.registry import families
-from loratool.core.target import same_shape
 from loratool.core.tensor import DTYPES, LazyTensor, code_of
 from loratool.ops.convert import cast
 from loratool.ops.factored import dense_update, pair_update
@@ -55,7 +54,14 @@ class Term:
         """What keeps the module from being a sum's term as it is: DoRA, or a family that is no product of factors."""
         if self.own.magnitude is not None:
             return "DoRA"
-        return None if self.own.product.whole else self.own.family.title
+        product = self.own.ranked
+        return None if product is not None and product.whole else self.own.family.title
+
+    @property
+    def full(self) -> bool:
+        """Whether the module is its whole update as one matrix, which adds up with others exactly."""
+        product = self.own.product
+        return product is not None and product.whole and product.right is None and not self.own.needs_base
 
     def gained(self, rows: Tensor) -> Tensor:
         """Rows of the module's update times the block weights of their targets."""
@@ -75,6 +81,7 @@ class Term:
             wide = cast(module, "F64" if wide_dtype(module.dtype) else "F32")
             return replace(wide, factors=module.family.scaled(wide.factors, self.gain))
         product = module.product
+        assert product is not None
         left = LazyTensor.computed(product.left.shape, "F32", lambda: self.gained(product.left.load().float()))
         return replace(module, factors=module.family.with_product(module.factors, replace(product, left=left)))
 
@@ -96,8 +103,14 @@ class Group:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(out, in * kh * kw)`."""
-        return _flat(self.first)
+        """`(out, in * kh * kw)`; 0 for a side that no term tells."""
+        heights, widths = zip(*(_flat(term.module) for term in self.terms), strict=True)
+        return max(heights), max(widths)
+
+    @property
+    def full(self) -> bool:
+        """Whether all modules are whole updates: so is their sum."""
+        return all(term.full for term in self.terms)
 
 
 @dataclass(eq=False)
@@ -123,8 +136,8 @@ class Seen:
 
     @property
     def known(self) -> bool:
-        """Whether the update can be told: that of a DoRA takes the base weights."""
-        return self.term is None or self.term.module.magnitude is None or self.base is not None
+        """Whether the update can be told: that of a DoRA, for instance, takes the base weights."""
+        return self.term is None or not self.term.module.needs_base or self.base is not None
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """The update as left and right, its scale in both."""
@@ -173,7 +186,7 @@ def group(
         for module, stands_for in _as_grouped(one.adapter, layout, approximate):
             key = (module.component, tuple(target.path for target in module.targets))
             path, first = firsts.setdefault(key, (one.adapter.path, module))
-            if not same_shape(_flat(module), _flat(first)):
+            if not all(a == b or 0 in (a, b) for a, b in zip(_flat(module), _flat(first), strict=True)):
                 raise FormatError(
                     f"updates a weight of {list(module.shape)}, {path} one of {list(first.shape)}",
                     file=one.adapter.path,
@@ -257,7 +270,7 @@ def _of_one_dtype(adapter: Adapter, layout: Layout) -> Adapter:
     modules = []
     for one, own in zip(adapter.modules, names, strict=True):
         fused = [other for name in own for other in parts[one.component, name]]
-        dtype = common_dtype(tensor.dtype for other in (one, *fused) for tensor in other.tensors.values())
+        dtype = common_dtype(t.dtype for other in (one, *fused) for t in other.tensors.values() if t.shape)
         modules.append(cast(one, dtype) if len(fused) > len(own) else one)
     return replace(adapter, modules=tuple(modules))
 
@@ -268,8 +281,8 @@ def _moves(module: Module, namings: Mapping[str, Naming]) -> bool:
 
 def _is_stuck(module: Module, adapter: Adapter, layout: Layout) -> bool:
     """Whether a module, taken alone, cannot be regrouped, but the pair that is its update could be."""
-    product = module.product
-    if module.magnitude is not None or (product.whole and product.core is None):
+    product = module.ranked
+    if module.needs_base or (product is not None and product.whole and product.core is None):
         return False
     try:
         regrouped(replace(adapter, modules=(module,)), layout)
@@ -294,7 +307,8 @@ def _stand_in(module: Module) -> Module:
         pair = pair_update(module, work)
         return torch.eye(width, dtype=work) if pair is None else pair[1]
 
-    rank = module.product.left.shape[1] if module.product.whole else width
+    product = module.ranked
+    rank = product.left.shape[1] if product is not None and product.whole else width
     code = code_of(work)
     return plain_pair(
         module,

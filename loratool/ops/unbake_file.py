@@ -255,7 +255,7 @@ def subtract_file(
 ) -> UnbakeReport:
     """Subtracts adapters from a checkpoint: nearly the base, as what rounding took when they were baked is lost.
 
-    Raises LoratoolError for DoRA modules, whose update depends on the base.
+    Raises LoratoolError for modules whose update depends on the base, as that of DoRA and OFT does.
     """
     if not asked:
         raise UsageError(
@@ -263,10 +263,12 @@ def subtract_file(
         )
     for one in asked:
         adapter = open_adapter(one.path)
-        dora = [module.title for module in adapter.modules if module.magnitude is not None]
-        if dora:
+        based = [module for module in adapter.modules if module.needs_base]
+        if based:
+            kinds = sorted({"DoRA" if module.magnitude is not None else module.family.title for module in based})
             raise LoratoolError(
-                f"{len(dora)} of its modules are DoRA: what they change depends on the base and cannot be subtracted",
+                f"{len(based)} of its modules are {' and '.join(kinds)}: what they change depends on the base and "
+                "cannot be subtracted",
                 file=one.path,
                 hint="use the undo file that `bake --undo` writes",
             )

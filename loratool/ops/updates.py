@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from loratool.core.module import Module
 from loratool.ops.finite import not_finite
 from loratool.ops.sites import Fixed, Part
-from loratool.ops.stored import blocks_of
+from loratool.ops.stored import blocks_of, weight_rows
 
 NORMS = ("paper", "comfyui")
 """What a DoRA magnitude is divided by: the norm of W + delta, or per row that of W, as ComfyUI does."""
@@ -38,6 +39,8 @@ def adder(
     """
     if isinstance(part, Fixed):
         return _Values(part, device, work)
+    if not part.module.family.additive:
+        return _Sum(replace(part, strength=1.0), _Change(part, device, work))
     update = update_of(part.module, device, work, room)
     if part.module.magnitude is None:
         return _Sum(part, update)
@@ -60,7 +63,7 @@ class Update(Protocol):
 def update_of(module: Module, device: str, work: torch.dtype = torch.float32, room: Room | None = None) -> Update:
     """The update of a module, scale included, its factors on `device`."""
     product = module.product
-    if product.whole and product.core is None and product.right is not None:
+    if product is not None and product.whole and product.core is None and product.right is not None:
         left, right = product.left.load(device).to(work), product.right.load(device).to(work)
         return _Pair(left, right, module.scale, product.transposed, room)
     return _Cut(module, device, work)
@@ -120,10 +123,59 @@ class _Cut:
         cut = (first, last) != (0, height)
         factors = self._module.family.rows(self._module.factors, first, last) if cut else self._module.factors
         loaded = {role: factor.load(self._device).to(self._work) for role, factor in factors.items()}
-        return self._module.family.delta(loaded, self._module.scale).flatten(1)[start - first : stop - first]
+        delta = self._module.family.delta(loaded, self._module.scale)
+        return delta.reshape(len(delta), -1)[start - first : stop - first]
 
     def columns(self, start: int, stop: int) -> Tensor:
         return self.rows(0, self._module.shape[0])[:, start:stop]
+
+
+class _Change:
+    """What a family that is not additive makes of the weight at a part's strength, less the weight.
+
+    The base's own rows are read for it, in blocks that the family can cut, or all of them, which are then kept. What
+    other adapters add to the weight has no part in it.
+    """
+
+    def __init__(self, part: Part, device: str, work: torch.dtype) -> None:
+        self._part, self._device, self._work = part, device, work
+        self._grain = part.module.family.grain(part.module.shapes)
+        self._last: tuple[int, int, Tensor] | None = None
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        first, last = 0, self._part.module.shape[0]
+        if self._grain:
+            first, last = start - start % self._grain, min(-(-stop // self._grain) * self._grain, last)
+        return self._made(first, last)[start - first : stop - first].clone()
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        return self._made(0, self._part.module.shape[0])[:, start:stop].clone()
+
+    def _made(self, first: int, last: int) -> Tensor:
+        if self._last is None or self._last[:2] != (first, last):
+            module = self._part.module
+            cut = (first, last) != (0, module.shape[0])
+            factors = module.family.rows(module.factors, first, last) if cut else module.factors
+            loaded = {role: factor.load(self._device).to(self._work) for role, factor in factors.items()}
+            weight = self._weight(first, last)
+            made = module.family.apply(loaded, module.scale, weight, self._part.strength)
+            self._last = first, last, made - weight
+        return self._last[2]
+
+    def _weight(self, first: int, last: int) -> Tensor:
+        """Rows of the base's weight, wherever they are."""
+        found = []
+        for span, tensor, scale in self._part.places:
+            a, b = max(first, span.start), min(last, span.stop)
+            if a >= b:
+                continue
+            start, stop = span.first + a - span.start, span.first + b - span.start
+            if span.transposed:
+                whole = weight_rows(tensor, scale, 0, tensor.shape[0], self._device, self._work)
+                found.append(whole[:, start:stop].T)
+            else:
+                found.append(weight_rows(tensor, scale, start, stop, self._device, self._work))
+        return torch.cat(found)
 
 
 # -- adders -----------------------------------------------------------------------------------------------------------

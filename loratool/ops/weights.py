@@ -98,12 +98,30 @@ class BaseWeights:
             start += height
         return tuple(found)
 
+    def sized(self, module: Module) -> Module:
+        """The module with the sizes of the weight, where neither its factors nor a table tell them."""
+        if 0 not in module.family.shape(module.shapes):
+            return module
+        if not self._by_shape:
+            return replace(module, weight_shape=self.shape(module.targets))
+        row = self.find(module.targets[0])
+        if row is None or len(row.tensor.shape) < 2:
+            return module
+        shape = row.tensor.shape
+        if row.transposed or self._is_transposed(module, row.tensor):
+            shape = (shape[1], shape[0], *shape[2:])
+        return replace(module, targets=(replace(module.targets[0], shape=shape),))
+
+    def sized_all(self, adapter: Adapter) -> Adapter:
+        """The adapter with every module `sized`."""
+        return replace(adapter, modules=tuple(self.sized(module) for module in adapter.modules))
+
     def load(self, module: Module, device: str = "cpu") -> Tensor:
         """The weight that a module updates, float32, `(out, in * kh * kw)`. Raises what `spans` does."""
         import torch
 
         rows = []
-        for span in self.spans(module):
+        for span in self.spans(self.sized(module)):
             tensor = self.components[module.component][span.key]
             height = span.stop - span.start
             if span.transposed:
@@ -154,6 +172,8 @@ class BaseWeights:
         shape = row.tensor.shape if len(row.tensor.shape) > 1 else (*row.tensor.shape, 1)
         rows = shape[1] if transposed else shape[0]
         width = row.tensor.numel // max(rows, 1)
+        if module.factors.keys() == {"bias"} and rows * target.rows == height * row.total:
+            return  # nothing is added to the weight itself
         if width != module.delta_width or rows * target.rows != height * row.total:
             raise FormatError(
                 f"the base weight is {list(row.tensor.shape)}, the adapter's {[module.shape[0], module.delta_width]}",
@@ -334,9 +354,16 @@ def _renaming(modules: Iterable[Module], tensors: Tensors) -> tuple[str, str]:
 def _stored_transposed(module: Module, tensor: LazyTensor) -> bool | None:
     """Whether a weight is stored as (in, out), by its shape; None where it is square. An embedding never is."""
     straight = (module.shape[0], module.delta_width)
-    if len(tensor.shape) != 2 or tensor.shape != straight[::-1] or module.product.transposed:
+    if len(tensor.shape) != 2 or _is_embedding(module):
         return False
-    return None if straight[0] == straight[1] else True
+    here, turned = (
+        all(a in (0, b) for a, b in zip(straight, s, strict=True)) for s in (tensor.shape, tensor.shape[::-1])
+    )
+    return None if here and turned else turned
+
+
+def _is_embedding(module: Module) -> bool:
+    return module.product is not None and module.product.transposed
 
 
 def _square_transposed(weights: BaseWeights, adapter: Adapter) -> bool | None:
@@ -346,7 +373,7 @@ def _square_transposed(weights: BaseWeights, adapter: Adapter) -> bool | None:
     for module in adapter.modules:
         row = weights.find(module.targets[0])
         square = module.shape[0] == module.delta_width
-        if row is not None and not square and not module.product.transposed:
+        if row is not None and not square and not _is_embedding(module):
             said.add(bool(_stored_transposed(module, row.tensor)))
     return said.pop() if len(said) == 1 else None
 

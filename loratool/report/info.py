@@ -54,6 +54,7 @@ def as_json(info: Info) -> dict[str, Any]:
         "webui_tag": info.webui_tag,
         "metadata": dict(info.metadata),
         "side_files": dict(info.side_files),
+        "embeddings": dict(info.embeddings),
         "unread_keys": list(info.unread_keys),
         "unread_families": dict(info.unread_families),
         "notes": list(info.notes),
@@ -96,7 +97,10 @@ def show(info: Info, console: Console, metadata: bool = False) -> None:
 def _sentence(info: Info) -> str:
     kinds = " + ".join(f"{n} {family}" for family, n in info.families.items()) if len(info.families) > 1 else ""
     family = next(iter(info.families or info.unread_families), "none") if not kinds else "mixed"
-    title = {"lora": "LoRA", "lokr": "LoKr"}.get(family, family)
+    from loratool.core.registry import families
+
+    known = families()
+    title = known[family].title if family in known else family
     if info.dora:
         title += " with DoRA" if info.dora == info.modules else f" with DoRA on {info.dora}"
     dtypes = "/".join(info.dtypes)
@@ -140,6 +144,9 @@ def _facts(info: Info, console: Console) -> None:
     if info.tags:
         row("top tags", inert(", ".join(f"{tag} ({n})" for tag, n in info.tags), 400))
     row("WebUI tag", inert(info.webui_tag, 200), "bold")
+    if info.embeddings:
+        names = ", ".join(f"{inert(name, 60)} ({plural(n, 'vector')})" for name, n in info.embeddings.items())
+        row("embeddings", names)
     if info.unread_keys:
         shown = ", ".join(inert(key, 100) for key in info.unread_keys[:_UNREAD])
         more = len(info.unread_keys) - _UNREAD
@@ -186,9 +193,10 @@ def _keys(modules: Sequence[ModuleInfo], console: Console) -> None:
     console.print()
     for module in modules:
         alpha = "none" if module.alpha is None else f"{module.alpha:g}"
-        shape = "x".join(str(size) for size in module.shape)
+        shape = "x".join(str(size or "?") for size in module.shape)
         dora = ", DoRA" if module.dora else ""
-        facts = f"{module.family} rank {module.rank}, alpha {alpha}, {shape}, {module.dtype}{dora}"
+        rank = f"rank {module.rank}, alpha {alpha}, " if module.rank else ""
+        facts = f"{module.family} {rank}{shape}, {module.dtype}{dora}"
         console.print(Text(inert(f"{module.component}.{' + '.join(module.targets)}  {facts}")), soft_wrap=True)
 
 

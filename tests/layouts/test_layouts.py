@@ -334,11 +334,14 @@ def test_half_a_file_of_unknown_names_is_not_believed() -> None:
 
 def test_unread_keys_are_extras_and_do_not_disturb() -> None:
     bundle = build(typical_parts("sd15", "kohya"), "kohya")
-    strange = {"strange.thing": LazyTensor.scalar(1.0, "F32"), "lora_unet_conv_in.diff": LazyTensor.scalar(2.0, "F32")}
+    strange = {
+        "strange.thing": LazyTensor.scalar(1.0, "F32"),
+        "lora_unet_conv_in.bias_values": LazyTensor.scalar(2.0, "F32"),
+    }
     adapter = understand(Bundle({**bundle.tensors, **strange})).adapter
     assert adapter.architecture.id == "sd15"
     assert set(adapter.extras) == set(strange)
-    assert adapter.unread_families == {"diff": 1}
+    assert adapter.unread_families == {"sparse bias": 1}
 
 
 # -- files of other programs ----------------------------------------------------------------------------------------
@@ -586,10 +589,9 @@ def test_a_layout_without_a_word_for_it_says_so() -> None:
     stem = "lora_unet_" + SD15_Q.replace(".", "_")
     bundle = zeros({f"{stem}.lokr_w1": (4, 4), f"{stem}.lokr_w2": (80, 80)})
     adapter = read(bundle, "kohya", "sd15")
-    for layout in ("diffusers", "peft"):
-        with pytest.raises(NotRepresentable) as caught:
-            convert(adapter, layout)
-        assert caught.value.modules == (f"unet.{SD15_Q}",)
+    with pytest.raises(NotRepresentable) as caught:
+        convert(adapter, "diffusers")
+    assert caught.value.modules == (f"unet.{SD15_Q}",)
     assert convert(adapter, "comfyui").bundle.tensors.keys() == {
         f"diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lokr_w{i}" for i in (1, 2)
     }

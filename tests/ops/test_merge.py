@@ -608,9 +608,9 @@ def test_lokr_with_uneven_block_weights() -> None:
 def test_a_lokr_where_the_layout_has_no_place_for_it() -> None:
     alone = adapter(lokr())
     with pytest.raises(NotRepresentable, match="LoKr"):
-        merge([Input(alone)], CONCAT, to="peft")
-    merged = merge([Input(alone)], CONCAT, to="peft", approximate=True, rule=parse_rule("rank", "20"))
-    spell(merged.adapter, "peft")
+        merge([Input(alone)], CONCAT, to="diffusers")
+    merged = merge([Input(alone)], CONCAT, to="diffusers", approximate=True, rule=parse_rule("rank", "20"))
+    spell(merged.adapter, "diffusers")
     values = torch.linalg.svdvals(exact_sum([alone], [1.0]))
     assert merged.modules[0].approximated == ("LoKr",)
     assert merged.error == pytest.approx(float(values[20:].norm() / values.norm()), rel=1e-4, abs=1e-6)

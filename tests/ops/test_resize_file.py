@@ -489,8 +489,8 @@ def test_another_dtype(tmp_path: Path, dtype: str) -> None:
 
 
 EXTRAS = {
-    "lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": LazyTensor.from_torch(torch.rand(8, 2)),
-    "lora_unet_mid_block_attentions_0_proj_in.hada_w1_b": LazyTensor.from_torch(torch.rand(2, 8)),
+    "lora_unet_mid_block_attentions_0_proj_in.bias_indices": LazyTensor.from_torch(torch.rand(8, 2)),
+    "lora_unet_mid_block_attentions_0_proj_in.bias_values": LazyTensor.from_torch(torch.rand(2, 8)),
     "bundle_emb.token.string_to_param.*": LazyTensor.from_torch(torch.rand(2, 768)),
     "large": LazyTensor.from_torch(torch.rand(1 << 19)),
 }

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lycoris import LycorisNetwork
+from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 from safetensors.torch import load_file
 from torch import nn
@@ -17,6 +18,7 @@ from loratool.core.registry import architectures
 from loratool.ops.bake_file import bake_file
 from loratool.ops.bake_task import Options
 from loratool.ops.inputs import Asked
+from loratool.ops.unbake_file import unbake_file
 from tests.oracles.models import one_thread, pipeline
 from tests.oracles.single_files import from_single_file, single_file
 
@@ -39,9 +41,26 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "lokr, use_scalar": {**LOKR, "use_scalar": True},
     "lokr, dora": {**LOKR, **DORA},
     "lokr, dora per column": {**LOKR, **PER_COLUMN},
+    "loha": {"network_module": "loha"},
+    "loha, Tucker": {"network_module": "loha", "use_tucker": True},
+    "loha, use_scalar": {"network_module": "loha", "use_scalar": True},
+    "loha, dora": {"network_module": "loha", **DORA},
+    "loha, dora per column": {"network_module": "loha", **PER_COLUMN},
+    "ia3": {"network_module": "ia3"},
+    "ia3, on input": {"network_module": "ia3", "train_on_input": True},
+    "oft": {"network_module": "diag-oft"},
+    "oft, constrained": {"network_module": "diag-oft", "constraint": 1e-3},
+    "oft, rescaled": {"network_module": "diag-oft", "rescaled": True},
+    "boft": {"network_module": "boft"},
+    "boft, constrained and rescaled": {"network_module": "boft", "constraint": 1e-3, "rescaled": True},
+    "glora": {"network_module": "glora"},
+    "glora, use_scalar": {"network_module": "glora", "use_scalar": True},
 }
+OF_THE_WEIGHT = [name for name in NETWORKS if name.startswith(("ia3", "oft", "boft", "glora"))]
+"""Networks whose change depends on the weight."""
 
 CASES = [*((name, 1.0) for name in NETWORKS), ("locon, Tucker", -0.6), ("lokr", 0.3), ("lokr, use_scalar", -0.6)]
+CASES += [("loha", 0.3), *((name, 0.4) for name in OF_THE_WEIGHT)]
 """DoRA at strength 1 only: of less, LyCORIS has another idea, and scales magnitude / norm - 1."""
 
 
@@ -92,10 +111,12 @@ def trained(unet: nn.Module, network: str) -> LycorisNetwork:
 def merged_weight(module: Any, strength: float) -> torch.Tensor:
     """What LyCORIS puts in place of a weight, in float32.
 
-    Not its `merge_to`: that multiplies LoKr's update by alpha / rank twice, and forgets its scalar. This is what its
-    forward computes.
+    Not its `merge_to`: that multiplies the updates of LoKr and LoHa by alpha / rank twice, and forgets their scalar.
+    This is what its forward computes.
     """
-    if isinstance(module, LokrModule):
+    if module.name in ("ia3", "diag-oft", "boft", "glora"):
+        return module.get_merged_weight(multiplier=strength)[0].reshape(module.org_module[0].weight.shape)
+    if isinstance(module, (LokrModule, LohaModule)):
         delta = module.get_weight(module.shape) * module.scalar
     else:
         delta = module.get_diff_weight()[0]
@@ -119,6 +140,18 @@ def test_every_weight_is_lycoris_own(network: str, strength: float, files: tuple
     assert_rest_is_kept(base, output, made)
     if strength == 1:
         assert_same_picture(loaded.unet, pipe.unet, made)
+
+
+@pytest.mark.parametrize("network", ["ia3", "oft, constrained", "boft", "glora", "loha, Tucker"])
+@torch.no_grad()
+def test_the_undo_file_gives_the_base_back(network: str, files: tuple[Path, Path], tmp_path: Path) -> None:
+    base, _ = files
+    made = trained(pipeline("sd15", zero=False).unet, network)
+    made.save_weights(str(tmp_path / "lycoris.safetensors"), torch.float16, {})
+    baked, undo = tmp_path / "baked.safetensors", tmp_path / "undo.loratool"
+    bake_file(base, [Asked(str(tmp_path / "lycoris.safetensors"), 0.7)], baked, Options(), undo=undo)
+    unbake_file(baked, undo, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == base.read_bytes()
 
 
 def assert_weights(unet: nn.Module, made: LycorisNetwork, strength: float) -> None:

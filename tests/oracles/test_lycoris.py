@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from lycoris import LycorisNetwork, create_lycoris_from_weights
+from lycoris.modules.dylora import DyLoraModule
+from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -46,6 +48,13 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "lokr, use_scalar": {"network_module": "lokr", "factor": 4, "use_scalar": True},
     "lokr, dora": {"network_module": "lokr", "factor": 4, "weight_decompose": True},
     "lokr, dora per column": {"network_module": "lokr", "factor": 4, "weight_decompose": True, "wd_on_out": False},
+    "loha": {"network_module": "loha"},
+    "loha, Tucker": {"network_module": "loha", "use_tucker": True},
+    "loha, rs_lora": {"network_module": "loha", "rs_lora": True},
+    "loha, use_scalar": {"network_module": "loha", "use_scalar": True},
+    "loha, dora": {"network_module": "loha", "weight_decompose": True},
+    "loha, dora per column": {"network_module": "loha", "weight_decompose": True, "wd_on_out": False},
+    "dylora": {"network_module": "dylora", "lora_dim": 8, "conv_lora_dim": 8, "block_size": 2},
 }
 each_network = pytest.mark.parametrize("network", NETWORKS)
 
@@ -104,7 +113,10 @@ def saved(made: LycorisNetwork, path: Path) -> Path:
 def trained_delta(module: nn.Module) -> torch.Tensor:
     """What a module's forward adds to the base weight before any DoRA."""
     with torch.no_grad():
-        if isinstance(module, LokrModule):
+        if isinstance(module, DyLoraModule):
+            up, down = torch.cat(list(module.up_list), 1), torch.cat(list(module.down_list))
+            return (up @ down).reshape(module.shape) * module.scale
+        if isinstance(module, (LokrModule, LohaModule)):
             # Not get_diff_weight: it multiplies by alpha / rank a second time and forgets the scalar.
             return module.get_weight(module.shape) * module.scalar
         return module.get_diff_weight()[0]
@@ -154,7 +166,7 @@ def test_deltas_are_those_lycoris_trains_with(network: str, unet: nn.Module, tmp
     for theirs in made.loras:
         ours = modules[theirs.lora_name]
         assert_same(ours.delta().reshape(theirs.shape), trained_delta(theirs), theirs.lora_name, 1e-6)
-        if theirs.wd:
+        if getattr(theirs, "wd", False):
             assert ours.magnitude is not None
             assert ours.magnitude.shape == theirs.dora_scale.shape
             assert torch.equal(ours.magnitude.load(), theirs.dora_scale.detach())
@@ -169,6 +181,46 @@ def test_to_comfyui_and_back_is_the_identity(network: str, unet: nn.Module, tmp_
     assert_identical(converted(there, "kohya", tmp_path / "back.safetensors"), original)
 
 
+OF_THE_WEIGHT: dict[str, dict[str, Any]] = {
+    "ia3": {"network_module": "ia3"},
+    "ia3, on input": {"network_module": "ia3", "train_on_input": True},
+    "oft": {"network_module": "diag-oft"},
+    "oft, constrained": {"network_module": "diag-oft", "constraint": 1e-3},
+    "oft, rescaled": {"network_module": "diag-oft", "rescaled": True},
+    "boft, rescaled": {"network_module": "boft", "rescaled": True},
+    "glora": {"network_module": "glora"},
+}
+FOR_COMFYUI = ("oft", "boft, rescaled", "glora")
+
+
+@pytest.mark.parametrize("network", OF_THE_WEIGHT)
+def test_what_changes_the_weight_is_kept_in_every_spelling_that_has_words(
+    network: str, unet: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read with no key left over, written in kohya's spelling as it was, and in ComfyUI's where that means the same."""
+    monkeypatch.setitem(NETWORKS, network, OF_THE_WEIGHT[network])
+    original = saved(trained(unet, network), tmp_path / "original.safetensors")
+    adapter = open_adapter(original)
+    family = network.partition(",")[0]
+    assert {module.family.id for module in adapter.modules} == {family}
+    assert not adapter.extras and not adapter.unread_families
+    assert sum(len(module.keys) for module in adapter.modules) == len(load_file(original))
+    again = converted(original, "kohya", tmp_path / "again.safetensors")
+    found, expected = load_file(again), load_file(original)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    if network in FOR_COMFYUI:
+        there = converted(original, "comfyui", tmp_path / "there.safetensors")
+        assert_identical(converted(there, "kohya", tmp_path / "back.safetensors"), original)
+    else:
+        with pytest.raises(NotRepresentable, match="comfyui") as raised:
+            convert_file(original, "comfyui", tmp_path / "there.safetensors")
+        assert raised.value.modules and "--approximate lora" in str(raised.value)
+        assert "--base CHECKPOINT" in str(raised.value)
+    half = convert_file(original, "kohya", tmp_path / "half.safetensors", dtype="F16")
+    assert half.proof is not None and 0 < half.proof.worst < 2e-3
+
+
+PEFT_CUTS_OTHERWISE = ("lokr", "lokr, Tucker")
 REFUSED = {
     "locon, Tucker": "mid",
     "locon, dora per column": "DoRA magnitude per input",
@@ -180,7 +232,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("to", ["diffusers", "peft"])
-@pytest.mark.parametrize("network", REFUSED)
+@pytest.mark.parametrize("network", [name for name in REFUSED if name not in PEFT_CUTS_OTHERWISE])
 def test_what_peft_cannot_express_is_refused_by_name(network: str, to: str, unet: nn.Module, tmp_path: Path) -> None:
     path = saved(trained(unet, network), tmp_path / "lycoris.safetensors")
     adapter = open_adapter(path)
@@ -196,6 +248,16 @@ def test_what_peft_cannot_express_is_refused_by_name(network: str, to: str, unet
     # A magnitude per column cannot be approximated either: nothing is offered that would not help.
     assert ("--approximate lora" in message) == ("column" not in network)
     assert not output.exists()
+
+
+@pytest.mark.parametrize("network", PEFT_CUTS_OTHERWISE)
+def test_kronecker_factors_that_peft_would_not_make_are_refused(network: str, unet: nn.Module, tmp_path: Path) -> None:
+    """LyCORIS sorts the two factors of a size, PEFT does not: 4 is 1 x 4 or 4 x 1."""
+    path = saved(trained(unet, network), tmp_path / "lycoris.safetensors")
+    with pytest.raises(NotRepresentable, match=r"LoKr modules .* one decompose_factor gives; .*--approximate lora"):
+        convert_file(path, "peft", tmp_path / "out")
+    with pytest.raises(NotRepresentable, match="no spelling for the w1 of a LoKr module"):
+        convert_file(path, "diffusers", tmp_path / "out.safetensors")
 
 
 @pytest.mark.parametrize(
