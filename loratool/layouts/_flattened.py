@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from loratool.core.layout import Layout
+from collections.abc import Sequence
+
+from loratool.core.layout import Layout, Parsed
+from loratool.core.module import Module
+from loratool.layouts._lycoris import BESIDE_NORM
 
 _DOUBLED = "lora_unet__"
 
@@ -25,3 +29,23 @@ class Flattened(Layout):
         stem, dot, rest = self.rewrite(key).partition(".")
         meaning = self.suffixes.get(dot + rest)
         return (stem, *meaning) if meaning is not None and stem else None
+
+    def parse(self, keys: Sequence[str]) -> Parsed:
+        """A `.weight` is IA3's only beside its flag; without it, it is a tensor that nobody knows."""
+        parsed = super().parse(keys)
+        strays = [
+            stem
+            for stem, group in parsed.groups.items()
+            if group.by_family.get("ia3", {"on_input": ""}).keys() == {"output"}
+        ]
+        unknown = list(parsed.unknown)
+        groups = dict(parsed.groups)
+        for stem in strays:
+            unknown += groups[stem].by_family.pop("ia3").values()
+            if not groups[stem].by_family and not groups[stem].shared:
+                del groups[stem]
+        return Parsed(groups, tuple(unknown))
+
+    def suffix(self, module: Module, role: str) -> str:
+        """As in the table, but a norm's bias has a name of its own."""
+        return BESIDE_NORM if role == "bias" and "w_norm" in module.factors else super().suffix(module, role)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from loratool.core.layout import ALPHA, ANY, MAGNITUDE
+from loratool.layouts._lycoris import BESIDE_NORM, FULL, LOHA, LOKR, WEIGHT_CHANGING
 
 Suffixes = Mapping[tuple[str, str], str]
 
@@ -13,14 +14,12 @@ LYCORIS: Suffixes = {
     ("lora", "down"): ".lora_down.weight",
     ("lora", "up"): ".lora_up.weight",
     ("lora", "mid"): ".lora_mid.weight",
-    ("lokr", "w1"): ".lokr_w1",
-    ("lokr", "w1_a"): ".lokr_w1_a",
-    ("lokr", "w1_b"): ".lokr_w1_b",
-    ("lokr", "w2"): ".lokr_w2",
-    ("lokr", "w2_a"): ".lokr_w2_a",
-    ("lokr", "w2_b"): ".lokr_w2_b",
-    ("lokr", "t2"): ".lokr_t2",
-    (ANY, ALPHA): ".alpha",
+    **LOKR,
+    **LOHA,
+    **WEIGHT_CHANGING,
+    **FULL,
+    ("set", "weight"): ".set_weight",
+    (ANY, ALPHA): ".alpha",  # behind OFT's constraint, which has the same suffix
     (ANY, MAGNITUDE): ".dora_scale",
 }
 """`lora_down` / `lora_up`, and what LyCORIS calls the factors of its other families."""
@@ -32,16 +31,6 @@ WITH_A_AND_B: Suffixes = {
 }
 """The same with PEFT's names of the halves."""
 
-UNREAD: Mapping[str, tuple[str, str]] = {
-    # Families without a plug-in: their keys are recognised, named in the report, and travel as extras.
-    **{f".hada_{role}": ("loha", role) for role in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-    **{f".{role}.weight": ("glora", role) for role in ("a1", "a2", "b1", "b2")},
-    **{suffix: ("diff", suffix[1:]) for suffix in (".diff", ".diff_b", ".w_norm", ".b_norm")},
-    ".oft_blocks": ("oft", "blocks"),
-    ".on_input": ("ia3", "on_input"),
-    ".weight": ("ia3", "weight"),
-}
-
 ALIASES: Mapping[str, tuple[str, str]] = {
     ".lora_A.weight": ("lora", "down"),
     ".lora_B.weight": ("lora", "up"),
@@ -50,6 +39,8 @@ ALIASES: Mapping[str, tuple[str, str]] = {
     ".lora_linear_layer.down.weight": ("lora", "down"),
     ".lora_linear_layer.up.weight": ("lora", "up"),
     ".lora_magnitude_vector": (ANY, MAGNITUDE),
-    **UNREAD,
+    BESIDE_NORM: ("diff", "bias"),
+    # A family without a plug-in: its keys are recognised, named in the report, and travel as extras.
+    **{f".bias_{role}": ("sparse bias", role) for role in ("indices", "values", "size")},
 }
-"""More suffixes that occur behind flattened names."""
+"""More suffixes that occur."""

@@ -7,6 +7,7 @@ from loratool.core.architecture import Architecture
 from loratool.core.layout import Voices
 from loratool.layouts._derived import distinct, main_component, renamed, written
 from loratool.layouts._flattened import Flattened
+from loratool.layouts._lycoris import IA3
 from loratool.layouts._suffixes import ALIASES, LYCORIS
 
 _PREFIX = "lycoris_"
@@ -22,7 +23,7 @@ LAYOUT = Flattened(
     id="lycoris",
     title="LyCORIS (its own wrapper)",
     separator="_",
-    spelling=LYCORIS,
+    spelling={**LYCORIS, **IA3},
     aliases=ALIASES,
     derive=_voices,
 )

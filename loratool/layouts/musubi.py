@@ -11,6 +11,7 @@ from loratool.core.architecture import Architecture
 from loratool.core.layout import Voices
 from loratool.layouts._derived import distinct, main_component, renamed, written
 from loratool.layouts._flattened import Flattened
+from loratool.layouts._lycoris import IA3
 from loratool.layouts._suffixes import ALIASES, LYCORIS
 
 _PREFIX = "lora_unet_"
@@ -47,7 +48,7 @@ LAYOUT = Musubi(
     id="musubi",
     title="musubi-tuner",
     separator="_",
-    spelling=LYCORIS,
+    spelling={**LYCORIS, **IA3},
     aliases=ALIASES,
     derive=_voices,
 )

@@ -11,7 +11,7 @@ from loratool.core.architecture import Architecture
 from loratool.core.layout import Layout, Voices
 from loratool.layouts._derived import distinct, main_component, renamed, written
 from loratool.layouts._peft_config import without_adapter_name
-from loratool.layouts._suffixes import UNREAD, WITH_A_AND_B
+from loratool.layouts._suffixes import ALIASES, WITH_A_AND_B
 
 
 def _voices(architecture: Architecture) -> Voices:
@@ -35,11 +35,7 @@ LAYOUT = Native(
     title="native names (BFL control LoRAs, OneTrainer's ORIGINAL)",
     separator=".",
     spelling={**WITH_A_AND_B, ("lora", "bias"): ".lora_B.bias", ("set", "weight"): ".scale"},
-    aliases={
-        ".lora_down.weight": ("lora", "down"),
-        ".lora_up.weight": ("lora", "up"),
-        **{suffix: meaning for suffix, meaning in UNREAD.items() if suffix != ".weight"},
-    },
+    aliases={**ALIASES, ".lora_down.weight": ("lora", "down"), ".lora_up.weight": ("lora", "up")},
     writable=False,
     derive=_voices,
 )

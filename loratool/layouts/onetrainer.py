@@ -13,6 +13,7 @@ from loratool.core.architecture import Architecture, Voice
 from loratool.core.layout import Voices
 from loratool.layouts._derived import distinct, written
 from loratool.layouts._flattened import Flattened
+from loratool.layouts._lycoris import IA3
 from loratool.layouts._suffixes import ALIASES, LYCORIS
 
 _PREFIXES = {"transformer": "lora_transformer_", "unet": "lora_unet_", "prior": "lora_prior_unet_"}
@@ -48,7 +49,7 @@ LAYOUT = Onetrainer(
     id="onetrainer",
     title="OneTrainer (legacy mixture)",
     separator="_",
-    spelling=LYCORIS,
+    spelling={**LYCORIS, **IA3},
     aliases=ALIASES,
     derive=_voices,
 )
