@@ -18,6 +18,7 @@ from loratool.core.errors import NotExact
 from loratool.core.family import Factors, Family, Part, Product
 from loratool.core.layout import Layout
 from loratool.core.method import Method, Update
+from loratool.core.naming import kind
 from loratool.core.target import Target
 from loratool.core.tensor import LazyTensor
 
@@ -39,6 +40,8 @@ def _check_size(architecture: Architecture) -> None:
     assert architecture.components, "an architecture has components"
     for component in architecture.components:
         _check_namings(architecture, component)
+    for component in architecture.outlines:
+        _check_outline(architecture, component)
     for layout in {*architecture.writes, *architecture.reads}:
         voices = architecture.voices(layout)
         _check_voices_exist(architecture, voices)
@@ -78,6 +81,16 @@ def _check_namings(architecture: Architecture, component: str) -> None:
         assert len(keys) == len(naming), f"{component} {naming_id}: one tensor key for two names"
         rows = sum(target.rows for targets in naming.values() for target in targets)
         assert rows == sum(target.rows for target in canonical.targets), f"{component} {naming_id}: rows do not add up"
+
+
+def _check_outline(architecture: Architecture, component: str) -> None:
+    """An outline is smaller than its tables, and has every kind of name of theirs."""
+    whole, outline = architecture.namings(component), architecture.outlines[component]()
+    assert outline.keys() == whole.keys(), f"{component}: the outline has other namings"
+    for naming_id, naming in whole.items():
+        assert len(outline[naming_id]) < len(naming), f"{component} {naming_id}: the outline is no smaller"
+        kinds = {kind(name) for name in outline[naming_id]}
+        assert kinds == {kind(name) for name in naming}, f"{component} {naming_id}: kinds that the outline lacks"
 
 
 def _check_targets(targets: Iterable[Target], component: str) -> None:

@@ -8,7 +8,7 @@ from functools import cache, cached_property, lru_cache
 from typing import Any
 
 from loratool.core.blocks import Blocks
-from loratool.core.naming import Naming
+from loratool.core.naming import Naming, kind
 from loratool.core.target import Target
 
 
@@ -82,8 +82,10 @@ class Architecture:
     voices that occur in files. `facts` are `ss_*` / `modelspec.*` metadata that are true of every
     adapter for this model. `blocks` are the parts that block weights may be given for, None where no list of them is
     known. An `open` architecture has no tables: any name is a target. `variants` are its other sizes. `kin` is the id
-    of the model that this one was made from, names kept: a file that may be for either is taken for that one. `config`
-    is the model's own `config.json`, where a checkpoint's folder has one.
+    of the older model whose names this one kept: a file that may be for either is taken for the older, with a note.
+    `outlines` are the tables of `components` with one block of each kind, where the whole ones are large: a stem of
+    another kind is none of the model's, which is so told without building them. A `sketched` one is only asked that.
+    `config` is the model's own `config.json`, where a checkpoint's folder has one.
     """
 
     id: str
@@ -98,6 +100,13 @@ class Architecture:
     variants: tuple[Variant, ...] = ()
     kin: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
+    outlines: Mapping[str, Callable[[], Namings]] = field(default_factory=dict)
+    sketched: bool = False
+
+    @cached_property
+    def sketch(self) -> Architecture:
+        """This model as far as its outlines go: a stem of a kind that is in there resolves, to no targets."""
+        return replace(self, sketched=True)
 
     @cached_property
     def sizes(self) -> tuple[Architecture, ...]:
@@ -112,6 +121,7 @@ class Architecture:
             facts={**self.facts, **variant.facts},
             blocks=variant.blocks or self.blocks,
             variants=(),
+            outlines={},  # its names may be of more kinds, and it is only asked when the model is likely
         )
 
     def namings(self, component: str) -> Namings:
@@ -126,6 +136,11 @@ class Architecture:
     def naming(self, component: str, naming: str) -> Naming:
         """One naming of one component; KeyError if there is none."""
         return OPEN_NAMING if self.open else self.namings(component)[naming]
+
+    def may_name(self, component: str, naming: str, text: str, separator: str) -> bool:
+        """Whether `text`, dots written as `separator`, is of a kind that a naming has; True where no outline tells."""
+        outline = self.outlines.get(component)
+        return outline is None or kind(text) in _kinds(outline, naming, separator)
 
     def voices(self, layout: str) -> list[tuple[str, Voice]]:
         """Every (component, voice) that `layout` may use for this model, the written ones first."""
@@ -147,6 +162,11 @@ def _built(build: Callable[[], Namings]) -> Namings:
     return build()
 
 
+@cache
+def _kinds(outline: Callable[[], Namings], naming: str, separator: str) -> frozenset[str]:
+    return frozenset(kind(name.replace(".", separator)) for name in _built(outline)[naming])
+
+
 def _resolver(architecture: Architecture, voices: Sequence[tuple[str, Voice]], separator: str) -> Resolver:
     if architecture.open:
 
@@ -161,9 +181,16 @@ def _resolver(architecture: Architecture, voices: Sequence[tuple[str, Voice]], s
     def look_up(stem: str) -> Sequence[Spoken]:
         found: list[Spoken] = []
         for component, voice in voices:
-            if stem.startswith(voice.prefix):  # most are not: their tables are never built
+            if not stem.startswith(voice.prefix):  # most do not: their tables are never built
+                continue
+            text = stem[len(voice.prefix) :]
+            if not architecture.may_name(component, voice.naming, text, separator):
+                continue
+            if architecture.sketched and component in architecture.outlines:
+                found.append(Spoken(component, voice, text, None))
+            else:
                 naming = architecture.naming(component, voice.naming)
-                for name in naming.spelled(stem[len(voice.prefix) :], separator):
+                for name in naming.spelled(text, separator):
                     found.append(Spoken(component, voice, name, naming[name]))
         return found
 

@@ -11,6 +11,7 @@ from loratool.core.adapter import Bundle
 from loratool.core.architecture import Architecture, Spoken
 from loratool.core.errors import FormatError
 from loratool.core.layout import Layout, Parsed, fits
+from loratool.core.naming import kind
 from loratool.core.registry import architectures, families, layouts
 from loratool.core.target import squeezed
 
@@ -20,6 +21,9 @@ ENOUGH = 0.5
 CLOSE = 0.02
 """Two architectures whose scores differ by less are a tie."""
 
+WHOLE = 0.5
+"""A model of whose blocks the file has by this much more than of another's is preferred to that one."""
+
 SAMPLE = 64
 """About so many keys, spread over the file, tell whether a spelling and a table are worth a closer look."""
 
@@ -27,7 +31,10 @@ SAMPLE = 64
 @dataclass(frozen=True, eq=False)
 class Candidate:
     """One reading of a bundle. `resolved` is the share of stems with a name in the tables, `fitting` the share of
-    those whose shape is the standard model's, `consistent` the share of dimensions that one other width explains."""
+    those whose shape is the standard model's. For other widths, `consistent` is the share of dimensions that are the
+    same wherever the standard model's are, `proportional` the share of those that differ from it by one factor.
+    `written` is the share of resolved stems in the spelling that is written, `own` of those under the very names of the
+    checkpoint that the model was published as."""
 
     layout: Layout
     architecture: Architecture
@@ -35,7 +42,9 @@ class Candidate:
     resolved: float
     fitting: float = 0.0
     consistent: float = 0.0
+    proportional: float = 0.0
     written: float = 0.0
+    own: float = 0.0
     signed: bool = False
     table: bool = False
 
@@ -47,7 +56,8 @@ class Candidate:
     @property
     def score(self) -> float:
         """Names first; sizes tell apart models that share names; written spellings win over aliases."""
-        return self.resolved * (0.5 + 0.3 * self.fitting + 0.2 * self.consistent) + self.preference
+        width = 0.1 * self.consistent + 0.1 * self.proportional
+        return self.resolved * (0.5 + 0.3 * self.fitting + width) + self.preference
 
     @property
     def preference(self) -> float:
@@ -58,13 +68,13 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """The best reading, and what came nearest. `tie` are the ids of models between which nothing decides, `kin` the
-    titles of models made from the best one, which the file may be for as well."""
+    """The best reading, and what came nearest. `tie` are the ids of models between which nothing decides, `others` the
+    titles of models that the file may be for as well, but hardly is."""
 
     best: Candidate
     candidates: tuple[Candidate, ...]
     tie: tuple[str, ...] = ()
-    kin: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def runner_up(self) -> Candidate | None:
@@ -84,8 +94,7 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
     keys = list(bundle.tensors)
     sample = keys[:: max(1, len(keys) // SAMPLE)]
     readings: list[_Reading] = []
-    likely: list[tuple[_Reading, Architecture]] = []
-    unlikely: list[tuple[_Reading, Architecture]] = []
+    shares: list[tuple[float, _Reading, Architecture]] = []
     spellings = [layouts()[layout]] if layout else list(layouts().values())
     heard = {one: {parts[0] for key in sample if (parts := one.split(key)) is not None} for one in spellings}
     for spelling, stems in heard.items():
@@ -96,26 +105,26 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
         begun = stems | {stem.rpartition("/")[2] for stem in stems}  # a folder's components have sub-folders
         for table in tables:
             prefixes = spelling.prefixes(table)
-            if not prefixes or not any(stem.startswith(prefixes) for stem in begun):
-                continue  # most are not: nothing of their tables is built
-            if _echo(spelling, table, heard, bundle.metadata):
+            if not any(stem.startswith(prefixes) for stem in begun) or _echo(spelling, table, heard, bundle.metadata):
                 continue
-            known = sum(bool(spelling.resolve(stem, table, bundle.metadata)) for stem in stems)
+            known = sum(bool(spelling.resolve(stem, table.sketch, bundle.metadata)) for stem in stems)
             if known:
-                (likely if known >= ENOUGH / 2 * len(stems) else unlikely).append((reading, table))
-    candidates = _ranked(likely)
+                shares.append((known / len(stems), reading, table))
+    # The standard size of the right model names more than half of what its other sizes name.
+    likely = ENOUGH * max([share for share, *_ in shares], default=0.0)
+    candidates = _ranked((reading, table) for share, reading, table in shares if share >= max(likely, ENOUGH / 2))
     if not any(c.resolved >= ENOUGH for c in candidates):
-        candidates = _ranked(likely + unlikely)
+        candidates = _ranked((reading, table) for _, reading, table in shares)
     believed = [c for c in candidates if c.resolved > ENOUGH]
     if believed:
         rivals = [c for c in believed if c.score > believed[0].score - CLOSE]
-        rivals = _named_in(bundle.metadata, rivals)
-        models = {c.architecture.id: c.architecture for c in reversed(rivals)}
-        origin = _origin(models)
-        if origin is not None:
-            best = next(c for c in rivals if c.architecture.id == origin)
-            kin = tuple(one.title for name, one in models.items() if name != origin)
-            return Detection(best, tuple(candidates), kin=kin)
+        rivals = [c for c in rivals if c.perfect] or rivals
+        rivals = _of_as_many_blocks(bundle.metadata, _named_in(bundle.metadata, rivals))
+        best = _settled(rivals)
+        if best is not None:
+            titles = {c.architecture.id: c.architecture.title for c in reversed(rivals)}
+            others = tuple(title for name, title in titles.items() if name != best.architecture.id)
+            return Detection(best, tuple(candidates), others=others)
         return _open(readings, tuple(candidates), tuple(dict.fromkeys(c.architecture.id for c in rivals)))
     return _open(readings, tuple(candidates), ())
 
@@ -141,10 +150,35 @@ def _named_in(metadata: Mapping[str, str], rivals: Sequence[Candidate]) -> list[
     return [c for c, count in zip(rivals, agreeing, strict=True) if count == max(agreeing)]
 
 
-def _origin(models: Mapping[str, Architecture]) -> str | None:
-    """The one model that all others were made from; None if there are several."""
-    own = [name for name, model in models.items() if model.kin not in models]
-    return own[0] if len(own) == 1 else None
+def _settled(rivals: Sequence[Candidate]) -> Candidate | None:
+    """Of equally good readings the one that is likelier by far: as the older model, where the others are its kin, or,
+    of names without a prefix, as the model that was published under them. None if there are several."""
+    for likely in (rivals, [c for c in rivals if c.own == 1.0]):
+        models = {c.architecture.id: c.architecture for c in likely}
+        older = [name for name, model in models.items() if model.kin not in models]
+        if len(older) == 1:
+            return next(c for c in likely if c.architecture.id == older[0])
+    return None
+
+
+def _of_as_many_blocks(metadata: Mapping[str, str], rivals: Sequence[Candidate]) -> list[Candidate]:
+    """Of equally good readings those whose blocks end where the file's do: not 19 of 20, say, but 19 of 19."""
+    if len({c.architecture.id for c in rivals}) == 1:
+        return list(rivals)
+    whole = [_whole(c, metadata) for c in rivals]
+    return [c for c, share in zip(rivals, whole, strict=True) if share > max(whole) - WHOLE]
+
+
+def _whole(candidate: Candidate, metadata: Mapping[str, str]) -> float:
+    """The share of the file's kinds of names, numbers aside, of which it has every one that the table has."""
+    held: Counter[tuple[str, str, str]] = Counter()
+    for stem in candidate.parsed.groups:
+        for said in candidate.layout.resolve(stem, candidate.architecture, metadata)[:1]:
+            held[said.component, said.voice.naming, kind(said.name)] += 1
+    known: Counter[tuple[str, str, str]] = Counter()
+    for component, naming in {(component, naming) for component, naming, _ in held}:
+        known.update((component, naming, kind(name)) for name in candidate.architecture.naming(component, naming))
+    return sum(count == known[of_kind] for of_kind, count in held.items()) / len(held)
 
 
 class _Reading:
@@ -206,8 +240,9 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
     if parsed is None:
         return []
     written = layout.written(architecture)
+    published = architecture.checkpoints[0].voices if architecture.checkpoints else {}
     total = len(parsed.groups) + len(parsed.unknown)
-    resolved = plain = sized = fitting = 0
+    resolved = plain = own = sized = fitting = 0
     widths: dict[int, Counter[int]] = defaultdict(Counter)
     for stem in parsed.groups:
         spoken = layout.resolve(stem, architecture, metadata)
@@ -215,6 +250,7 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
             continue
         resolved += 1
         plain += any(written.get(said.component) == said.voice for said in spoken)
+        own += any(published.get(said.component) == said.voice for said in spoken)
         shape = None if architecture.open else reading.shapes[stem]
         if shape is None:
             continue
@@ -224,6 +260,10 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
         _note_widths(best or spoken[0], shape, widths)
     agreeing = sum(counter.most_common(1)[0][1] for counter in widths.values())
     noted = sum(sum(counter.values()) for counter in widths.values())
+    factors: Counter[float] = Counter()
+    for standard, counter in widths.items():
+        for size, count in counter.items():
+            factors[size / standard] += count
     found = Candidate(
         layout,
         architecture,
@@ -231,7 +271,9 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
         resolved / total if total else 0.0,
         fitting / sized if sized else 0.0,
         agreeing / noted if noted else 0.0,
+        max(factors.values()) / noted if noted else 0.0,
         plain / resolved if resolved else 0.0,
+        own / resolved if resolved else 0.0,
         layout.signed(metadata),
         layout.id in architecture.writes,
     )
@@ -251,8 +293,7 @@ def _shape(bundle: Bundle, by_family: Mapping[str, Mapping[str, str]]) -> tuple[
 def _note_widths(said: Spoken, shape: tuple[int, ...], widths: dict[int, Counter[int]]) -> None:
     """Notes which size of the file stands for which size of the standard model (another width: one for one)."""
     assert said.targets is not None
-    if shape[0]:
-        widths[sum(target.rows for target in said.targets)][shape[0]] += 1
+    widths[sum(target.rows for target in said.targets)][shape[0]] += 1
     standard = squeezed(said.targets[0].shape)
-    if len(shape) > 1 and len(standard) > 1 and shape[1]:
+    if len(shape) > 1 and len(standard) > 1:
         widths[standard[1]][shape[1]] += 1

@@ -12,8 +12,8 @@ from loratool.core.registry import architectures
 from loratool.core.target import Target, same_shape
 from loratool.core.tensor import LazyTensor
 
-_ADAPTER_SIGNS = ("lora_", ".lora.", "_lora", ".lora", "lokr_", "hada_", ".oft_", ".boft_", ".ia3_l", "dora_scale")
-_ADAPTER_ENDS = (".alpha", ":up", ":down", ".diff", ".diff_b", ".on_input", ".w_norm", ".b_norm", ".set_weight")
+_ADAPTER_SIGNS = ("lora_", ".lora.", "_lora", ".lora", "lokr_", "hada_", "oft_blocks", "dora_scale")
+_ADAPTER_ENDS = (".alpha", ":up", ":down", ".diff", ".diff_b", ".on_input", ".w_norm", ".b_norm")
 _VAE = ("decoder.conv_in.weight", "encoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight")
 _EMBEDDINGS = ("emb_params", "string_to_param", "clip_l", "clip_g", "t5xxl")
 
@@ -82,10 +82,11 @@ def checkpoint_of(keys: Mapping[str, LazyTensor]) -> Architecture | None:
 
 
 def _likeness(keys: Mapping[str, LazyTensor], architecture: Architecture) -> float:
-    """How alike the file and the likest component are, over all kinds of checkpoints: names and shapes that both have
-    over those that either has (Dice). 0 for a component of which half or less is there."""
+    """How alike the file and the likest kind of checkpoint are: names and shapes that both have over those that either
+    has (Dice), in components of which more than half is there; 0 if there is none."""
     best = 0.0
     for checkpoint in architecture.checkpoints:
+        common, either = 0, len(keys)
         for component, voice in checkpoint.voices.items():
             if voice.prefix and not any(key.startswith(voice.prefix) for key in keys):
                 continue
@@ -97,8 +98,10 @@ def _likeness(keys: Mapping[str, LazyTensor], architecture: Architecture) -> flo
                 if tensor is not None:
                     held += 1
                     fitting += same_shape(tensor.shape, _stored(targets, home))
-            if held > 0.5 * len(naming):
-                best = max(best, (held + fitting) / (len(naming) + len(keys)))
+            if 2 * held > len(naming):
+                common += held + fitting
+                either += len(naming)
+        best = max(best, common / either if keys else 0.0)
     return best
 
 

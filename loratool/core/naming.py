@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from loratool.core.target import Target
 
@@ -94,3 +95,9 @@ class Naming(Mapping[str, tuple[Target, ...]]):
     def home(self, target: Target) -> Home:
         """The name and the first row (of the standard model) at which `target` lives; KeyError if it has none."""
         return self._homes[target]
+
+
+@lru_cache(maxsize=1 << 15)
+def kind(name: str) -> str:
+    """A name with `#` for every number in it: what the names of alike blocks have in common."""
+    return re.sub(r"\d+", "#", name)

@@ -36,6 +36,12 @@ def architectures() -> Mapping[str, Architecture]:
 
 
 @cache
+def components() -> frozenset[str]:
+    """What the known models call their components."""
+    return frozenset(component for table in architectures().values() for component in table.components)
+
+
+@cache
 def layouts() -> Mapping[str, Layout]:
     """Every known spelling by id."""
     return _discover("layouts", "LAYOUT")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from loratool.core.adapter import CONFIG, GGUF, MLX, Bundle
 from loratool.core.errors import FormatError, LoratoolError
+from loratool.core.registry import components
 from loratool.core.tensor import LazyTensor
 from loratool.files.atomic import atomic_write
 from loratool.files.gguf import is_gguf, read_gguf, write_gguf
@@ -75,7 +76,8 @@ def _read_folder(place: Path) -> Bundle:
 
 def is_component_folder(place: Path) -> bool:
     """Whether a folder is one component's part of an adapter: it has the name of one, and a config in it."""
-    return _COMPONENT.fullmatch(place.name) is not None and (place / CONFIG).is_file()
+    name = place.name
+    return (place / CONFIG).is_file() and (_COMPONENT.fullmatch(name) is not None or name in components())
 
 
 def adapters_in(path: str | os.PathLike[str]) -> list[str]:

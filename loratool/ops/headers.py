@@ -29,7 +29,8 @@ def converted_header(adapter: Adapter, source: Layout, layout: Layout, written: 
     foreign = set(source.header_entries) - set(layout.header_entries) if source.id != layout.id else set()
     header = {k: v for k, v in written.items() if k not in foreign and k not in STALE and k != origin.ENTRY}
     if layout.id == "kohya":
-        header = {"ss_network_module": _network_module(adapter), **adapter.architecture.facts, **header}
+        facts = {NETWORK_MODULE: "", **adapter.architecture.facts} | {NETWORK_MODULE: _network_module(adapter)}
+        header = {**facts, **header}
         header.setdefault("ss_network_dim", "")
         header.setdefault("ss_network_alpha", "")
         header.setdefault("sshs_model_hash", PLACEHOLDER)
@@ -75,6 +76,9 @@ def merged_metadata(
     return header
 
 
+NETWORK_MODULE = "ss_network_module"
+"""Header entry: the Python module that trains such a network. An architecture's fact is the one for plain LoRA."""
+
 _ONE_FILE = frozenset({recipe.ENTRY, origin.ENTRY, HISTORY, "modelspec.date", "modelspec.thumbnail"})
 """Entries that are true of one file only."""
 
@@ -115,7 +119,7 @@ def _network_module(adapter: Adapter) -> str:
     """The Python module that trains such a network."""
     if any(module.family.id != "lora" or "mid" in module.factors for module in adapter.modules):
         return "lycoris.kohya"
-    return "networks.lora_flux" if adapter.architecture.id.startswith("flux") else "networks.lora"
+    return adapter.architecture.facts.get(NETWORK_MODULE, "networks.lora")
 
 
 def with_history(header: Mapping[str, str], note: Mapping[str, object]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from loratool.core.adapter import Adapter
 from loratool.core.architecture import Architecture
 from loratool.core.errors import LoratoolError
 from loratool.ops.blocks import BlockWeights, block_weights
-from loratool.ops.open import open_adapter
+from loratool.ops.open import open_adapter, open_detected
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,18 @@ class Input:
     blocks: BlockWeights | None = None
 
 
-def opened(asked: Asked, architecture: Architecture | str | None = None) -> Input:
-    """The input that was asked for; `architecture` says what model it is for instead of letting it be detected."""
-    return weighed(asked, open_adapter(asked.path, architecture=architecture))
+def opened_together(asked: Sequence[Asked], architecture: Architecture | str | None = None) -> list[Input]:
+    """The inputs that were asked for, all for one size of their model where that can be (see `of_one_size`).
+
+    What may be for several models is for the one that the others are for, if that is among them.
+    """
+    found = [open_detected(one.path, architecture=architecture) for one in asked]
+    models = {one.adapter.architecture.id for one in found if not one.adapter.architecture.open}
+    adapters = []
+    for one, look in zip(asked, found, strict=True):
+        shared = models.intersection(look.detection.tie)
+        adapters.append(open_adapter(one.path, architecture=shared.pop()) if len(shared) == 1 else look.adapter)
+    return of_one_size([weighed(one, adapter) for one, adapter in zip(asked, adapters, strict=True)])
 
 
 def weighed(asked: Asked, adapter: Adapter) -> Input:

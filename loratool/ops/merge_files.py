@@ -23,7 +23,7 @@ from loratool.ops import recipe
 from loratool.ops.blocks import block_label
 from loratool.ops.finite import check_finite
 from loratool.ops.headers import merged_metadata
-from loratool.ops.inputs import Asked, Input, of_one_size, opened
+from loratool.ops.inputs import Asked, Input, opened_together
 from loratool.ops.lone import lone_share
 from loratool.ops.made import Held, Made, Progress, make, save_made, told
 from loratool.ops.merge import Merged, MergedModule, check_inputs, merge
@@ -121,7 +121,7 @@ def merge_files(
         raise UsageError("nothing to merge", hint="name at least one LoRA file")
     if metadata not in METADATA:
         raise UsageError(f"--metadata is {metadata!r}", hint=f"one of: {', '.join(METADATA)}")
-    inputs = of_one_size([opened(one, architecture) for one in asked])
+    inputs = opened_together(asked, architecture)
     layout = to or inputs[0].adapter.layout
     check_output(output, [one.path for one in asked], layouts()[layout].folder, overwrite)
     check_inputs(inputs, method, options)

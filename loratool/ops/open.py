@@ -76,8 +76,8 @@ def understand(bundle: Bundle, architecture: Architecture | None = None, layout:
         models = ", ".join(found.tie)
         note = f"could be any of {models}: nothing in the file tells them apart; name one with --architecture"
         adapter = replace(adapter, notes=(*adapter.notes, note))
-    if found.kin:
-        note = f"may be for {' or '.join(found.kin)} as well, whose names are the same; --architecture tells"
+    if found.others:
+        note = f"may be for {' or '.join(found.others)} as well, whose names are the same; --architecture tells"
         adapter = replace(adapter, notes=(*adapter.notes, note))
     return Opened(adapter, found)
 

@@ -15,9 +15,9 @@ import pytest
 from fixtures import make_schemas
 from loratool.architectures import flux, sd15, sdxl
 from loratool.architectures._clip import ClipText, clip_namings, open_clip_namings
+from loratool.architectures._flux import FluxTransformer, transformer_namings
 from loratool.architectures._t5 import T5Encoder, t5_namings
 from loratool.architectures._unet import UNet, unet_namings
-from loratool.architectures.flux import FluxTransformer, transformer_namings
 from loratool.core.architecture import Architecture, Checkpoint, Voice
 from loratool.core.naming import Naming
 from loratool.core.target import Target

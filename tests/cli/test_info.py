@@ -487,5 +487,5 @@ def test_unknown_models_are_shown_as_such(tmp_path: Path) -> None:
 def test_a_bug_free_exit_code_for_a_senseless_command(lora: Path) -> None:
     assert run().exit_code == 2
     assert run("--nonsense", lora).exit_code == 2
-    assert run("--architecture", "sd51", lora).exit_code == 2
-    assert "did you mean sd15?" in " ".join(run("--architecture", "sd51", lora).stderr.split())
+    assert run("--architecture", "sd155", lora).exit_code == 2
+    assert "did you mean sd15?" in " ".join(run("--architecture", "sd155", lora).stderr.split())

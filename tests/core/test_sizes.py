@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import pytest
 
+from loratool.core import identify
 from loratool.core.adapter import Bundle
-from loratool.core.architecture import Architecture, Namings, Variant, Voice
+from loratool.core.architecture import Architecture, Checkpoint, Namings, Variant, Voice
 from loratool.core.detect import Detection, detect
 from loratool.core.identify import checkpoint_of
 from loratool.core.naming import Naming
@@ -110,14 +112,14 @@ STRANGER = model("stranger", SMALL)
 
 def test_what_two_models_share_is_the_older_ones() -> None:
     result = found(lora(SMALL), [NEW, OLD])
-    assert (result.best.architecture.id, result.kin, result.tie) == ("old", ("New",), ())
+    assert (result.best.architecture.id, result.others, result.tie) == ("old", ("New",), ())
 
 
 def test_the_header_decides_where_names_do_not() -> None:
     header = {"modelspec.architecture": "new"}
     for models in ([NEW, OLD], [OLD, NEW], [STRANGER, OLD, NEW]):
         result = found(lora(SMALL, **header), models)
-        assert (result.best.architecture.id, result.kin, result.tie) == ("new", (), ())
+        assert (result.best.architecture.id, result.others, result.tie) == ("new", (), ())
 
 
 def test_the_header_does_not_outweigh_names() -> None:
@@ -128,6 +130,18 @@ def test_the_header_does_not_outweigh_names() -> None:
 OLD_ONLY = {path: shape for path, shape in blocks(3, 8, "o").items() if path.endswith(".o")}
 
 
+def test_bare_names_are_of_the_model_that_was_published_under_them() -> None:
+    bare = Voice("", "own")
+    spoken = {"reads": {"diffusers": {"transformer": (bare,)}}}
+    published = replace(STRANGER, **spoken, checkpoints=(Checkpoint("own", {"transformer": bare}),))
+    prefixed = Checkpoint("own", {"transformer": Voice("model.", "own")})
+    other = replace(OLD, **spoken, checkpoints=(prefixed,))
+    names = {key.removeprefix("transformer."): tensor for key, tensor in lora(SMALL).tensors.items()}
+    result = found(Bundle(names), [other, published])
+    assert (result.best.architecture, result.others, result.tie) == (published, ("Old",), ())
+    assert found(lora(SMALL), [other, published]).best.architecture.open
+
+
 def test_strangers_tie() -> None:
     result = found(lora(SMALL), [OLD, STRANGER, NEW])
     assert result.best.architecture.open
@@ -135,11 +149,6 @@ def test_strangers_tie() -> None:
 
 
 def test_a_checkpoint_tells_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
-    from loratool.core import identify
-    from loratool.core.architecture import Checkpoint
-
     sized = replace(SIZED, checkpoints=(Checkpoint("own", {"transformer": Voice("", "own")}),))
     monkeypatch.setattr(identify, "architectures", lambda: {"sized": sized})
     for size, shapes in zip(sized.sizes, (SMALL, LARGE, WITH_IMAGES), strict=True):
