@@ -22,7 +22,6 @@ class Kohya(Flattened):
 
     def rewrite(self, key: str) -> str:
         """diffusers' `--output_kohya_format` writes `..._to_k_lora.down.weight` for `..._to_k.lora_down.weight`."""
-        key = super().rewrite(key)
         if key.endswith(("_lora.down.weight", "_lora.up.weight")):
             stem, _, rest = key.rpartition("_lora.")
             return f"{stem}.lora_{rest}"
