@@ -30,7 +30,8 @@ EXPECTED = {
     "flux-control": ("native", "flux"),
     "anima-kohya": ("kohya", "anima"),
     "anima-peft": ("comfyui", "anima"),
-    "qwen-image-diffusers": ("diffusers", "qwen-image"),
+    # Bare names, which both read; with alpha beside the factors, as diffusers never writes it.
+    "qwen-image-diffusers": ("comfyui", "qwen-image"),
 }
 """Key list -> layout and architecture."""
 
