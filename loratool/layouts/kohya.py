@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loratool.core.adapter import Adapter
-from loratool.core.layout import ALPHA, ANY, MAGNITUDE, Layout
-from loratool.layouts._flattened import single_underscore
+from loratool.core.layout import ALPHA, ANY, MAGNITUDE
+from loratool.layouts._flattened import Flattened
 
 _SUPPORTED = {
     ("lora", "down"): ".lora_down.weight",
@@ -44,22 +44,15 @@ _ALIASES = {
 }
 
 
-class Kohya(Layout):
+class Kohya(Flattened):
     """The flattened spelling."""
 
     def rewrite(self, key: str) -> str:
         """diffusers' `--output_kohya_format` writes `..._to_k_lora.down.weight` for `..._to_k.lora_down.weight`."""
-        key = single_underscore(key)
         if key.endswith(("_lora.down.weight", "_lora.up.weight")):
             stem, _, rest = key.rpartition("_lora.")
             return f"{stem}.lora_{rest}"
         return key
-
-    def split(self, key: str) -> tuple[str, str, str] | None:
-        """As every layout, but only for flattened names: a stem with dots is another program's spelling."""
-        stem, dot, rest = self.rewrite(key).partition(".")
-        meaning = self.suffixes.get(dot + rest)
-        return (stem, *meaning) if meaning is not None and stem else None
 
     def with_alphas(self, adapter: Adapter) -> Adapter:
         """sd-scripts' `split_qkv` makes the parts block-diagonal and leaves alpha as it was: said, not corrected."""
