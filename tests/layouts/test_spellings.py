@@ -345,3 +345,30 @@ def test_text_encoders_have_no_place_where_none_is_trained() -> None:
     for layout in ("lycoris", "musubi", "ai-toolkit"):
         with pytest.raises(NotRepresentable, match="no spelling for text_encoder"):
             convert(replace(adapter), layout)
+
+
+def test_a_dora_of_onetrainer() -> None:
+    """Keys and shapes of a file that OneTrainer wrote (InvokeAI's test data, of its issue 6912): magnitudes per input
+    column, which PEFT's spelling has no words for and OneTrainer's other one has."""
+    linears = {
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1": (3072, 768),
+        "lora_te1_text_model_encoder_layers_0_self_attn_k_proj": (768, 768),
+        "lora_transformer_single_transformer_blocks_0_attn_to_k": (3072, 3072),
+        "lora_transformer_single_transformer_blocks_0_proj_mlp": (12288, 3072),
+        "lora_transformer_transformer_blocks_0_ff_context_net_2": (3072, 12288),
+    }
+    shapes: dict[str, Sequence[int]] = {}
+    for stem, (out, columns) in linears.items():
+        shapes |= {f"{stem}.lora_down.weight": (4, columns), f"{stem}.lora_up.weight": (out, 4), f"{stem}.alpha": ()}
+        shapes[f"{stem}.dora_scale"] = (1, columns)
+    bundle = noise({**shapes, "bundle_emb.<ball>.clip_l": (2, 768)})
+    adapter = understand(bundle).adapter
+    assert (adapter.layout, adapter.architecture.id) == ("onetrainer", "flux")
+    assert list(adapter.extras) == ["bundle_emb.<ball>.clip_l"]
+    assert all(m.magnitude is not None and not m.magnitude_per_row for m in adapter.modules)
+    there = convert(adapter, "omi")
+    back = convert(layouts()["omi"].read(there.bundle, adapter.architecture), "onetrainer")
+    assert back.returned
+    assert_same_tensors(bundle, back.bundle)
+    with pytest.raises(NotRepresentable, match="DoRA magnitude per input feature"):
+        convert(adapter, "diffusers")
