@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from loratool.core.architecture import Architecture
 from loratool.core.layout import ANY, MAGNITUDE, Layout, Voices
 from loratool.core.module import Module
-from loratool.core.scale import TAKE_SCALE, at_scale, stuck
+from loratool.core.scale import TAKE_SCALE, all_at_scale, stuck
 from loratool.core.tensor import LazyTensor
 from loratool.layouts._derived import distinct, main_component, renamed, written
 from loratool.layouts._suffixes import WITH_A_AND_B
@@ -56,7 +56,9 @@ class AiToolkit(Layout):
 
     def ready(self, modules: Sequence[Module]) -> tuple[Module, ...]:
         """Pairs at scale 1."""
-        return tuple(at_scale(module, 1.0) if module.family.id == "lora" else module for module in modules)
+        pairs = [module for module in modules if module.family.id == "lora"]
+        done = iter(all_at_scale(pairs, lambda module: 1.0))
+        return tuple(next(done) if module.family.id == "lora" else module for module in modules)
 
     def way_out(self, blocked: Sequence[Module]) -> str | None:
         """Wider factors can take any scale."""

@@ -23,7 +23,7 @@ from loratool.core.architecture import Architecture, Spoken, Voice
 from loratool.core.errors import NotRepresentable
 from loratool.core.layout import Layout, Parsed, Voices
 from loratool.core.module import Module
-from loratool.core.scale import TAKE_SCALE, at_scale, stuck
+from loratool.core.scale import TAKE_SCALE, all_at_scale, stuck
 from loratool.core.tensor import LazyTensor, transposed
 from loratool.layouts._derived import renamed, written
 
@@ -125,7 +125,8 @@ class Gguf(Layout):
         fixed = tuple(module.title for module in modules if stuck(module, alpha / module.rank))
         if fixed:
             raise NotRepresentable(f"{self.id} has one alpha for all modules", modules=fixed, hint=TAKE_SCALE)
-        return tuple(replace(at_scale(module, alpha / module.rank), alpha=alpha) for module in modules)
+        made = all_at_scale(modules, lambda module: alpha / module.rank)
+        return tuple(replace(module, alpha=alpha) for module in made)
 
     def stem(self, module: Module, architecture: Architecture, voices: Mapping[str, Voice]) -> str:
         """llama.cpp's name of the weight."""

@@ -18,7 +18,7 @@ from loratool.core.architecture import Architecture, Voice
 from loratool.core.errors import FormatError, NotRepresentable
 from loratool.core.layout import ANY, MAGNITUDE, Layout, Parsed, Voices
 from loratool.core.module import Module
-from loratool.core.scale import TAKE_SCALE, at_scale, stuck
+from loratool.core.scale import TAKE_SCALE, all_at_scale, stuck
 from loratool.core.tensor import LazyTensor, transposed
 from loratool.layouts._derived import renamed, written
 from loratool.layouts._peft_config import json_object, number
@@ -105,7 +105,7 @@ class Mlx(Layout):
         fixed = tuple(module.title for module in modules if stuck(module, scale))
         if fixed:
             raise NotRepresentable(f"{self.id} has one scale for all modules", modules=fixed, hint=TAKE_SCALE)
-        return tuple(at_scale(module, scale) for module in modules)
+        return all_at_scale(modules, lambda module: scale)
 
     def finish(self, adapter: Adapter, bundle: Bundle, voices: Mapping[str, Voice]) -> Bundle:
         """With the config."""

@@ -18,7 +18,7 @@ from loratool.core.architecture import Voice
 from loratool.core.errors import LoratoolError
 from loratool.core.layout import ALPHA, Layout
 from loratool.core.module import Module
-from loratool.core.scale import at_scale, stuck
+from loratool.core.scale import at_scale, inner_took, stuck
 from loratool.core.tensor import DTYPES, Held, LazyTensor
 
 ENTRY = "loratool.origin"
@@ -47,7 +47,7 @@ class Ticket:
     added: Mapping[str, Any] = field(default_factory=dict)
     extras: Mapping[str, Any] = field(default_factory=dict)
     blocks: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
-    scales: Mapping[str, float] = field(default_factory=dict)
+    scales: Mapping[str, Sequence[float]] = field(default_factory=dict)
     metadata: Mapping[str, str | None] = field(default_factory=dict)
     order: Sequence[str] = ()
     side_files: Mapping[str, str] = field(default_factory=dict)
@@ -126,25 +126,24 @@ def ticket_for(adapter: Adapter, layout: Layout) -> Ticket:
     return replace(ticket, keys=keys, added=added)
 
 
-def scales(before: Sequence[Module], after: Sequence[Module]) -> dict[str, float]:
-    """The scales of modules whose scale the other layout has put into the factors, by component and targets."""
-    now = {(target.component, target.path): module.scale for module in after for target in module.targets}
-    names = {(module.component, target.path): _name(module) for module in before for target in module.targets}
-    moved = {names[target] for target, scale in now.items() if target in names}
-    return {
-        _name(module): module.scale
-        for module in before
-        if _name(module) in moved
-        and all(now.get((t.component, t.path), module.scale) != module.scale for t in module.targets)
-    }
+def scales(before: Sequence[Module], after: Sequence[Module]) -> dict[str, list[float]]:
+    """Of modules whose scale the other layout has put into the factors, by component and targets: the scale, and 1
+    where the inner factor took it."""
+    now = {(target.component, target.path): module for module in after for target in module.targets}
+    found: dict[str, list[float]] = {}
+    for module in before:
+        others = [now[place] for t in module.targets if (place := (t.component, t.path)) in now]
+        if others and all(other.scale != module.scale for other in others):
+            found[_name(module)] = [module.scale, float(inner_took(module, others[0]))]
+    return found
 
 
-def at_scales(modules: Sequence[Module], scales: Mapping[str, float]) -> tuple[Module, ...]:
+def at_scales(modules: Sequence[Module], scales: Mapping[str, Sequence[float]]) -> tuple[Module, ...]:
     """Modules at the scales that they had, their factors as they were."""
 
     def back(module: Module) -> Module:
-        scale = scales.get(_name(module))
-        return module if scale is None or stuck(module, scale) is not None else at_scale(module, scale)
+        scale, inner = scales.get(_name(module), (module.scale, 0.0))
+        return module if stuck(module, scale) is not None else at_scale(module, scale, bool(inner))
 
     return tuple(map(back, modules))
 

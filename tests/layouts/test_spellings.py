@@ -335,8 +335,25 @@ def test_another_scale_needs_wider_factors() -> None:
 
 def test_what_leaves_the_range_of_the_factors_is_refused() -> None:
     """float16 has few small numbers: a quarter of some of them is no float16."""
+    stem = "lora_unet_double_blocks_0_img_attn_proj"
+    down, up = (torch.full(shape, 1.0).half() for shape in ((4, 3072), (3072, 4)))
+    alpha = torch.tensor(1.0)
+
+    def adapter() -> Adapter:
+        tensors = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": alpha}
+        return read(Bundle({k: LazyTensor.from_torch(t.clone()) for k, t in tensors.items()}), "kohya", "flux")
+
+    up[5, 2] = 6e-8  # the smallest of all: down takes the scale
+    made = convert(adapter(), "ai-toolkit")
+    (module,) = layouts()["ai-toolkit"].read(made.bundle, architecture_of("flux")).modules
+    assert torch.equal(module.factors["up"].load(), up)
+    assert torch.equal(module.factors["down"].load(), down / 4)
+    back = convert(layouts()["ai-toolkit"].read(made.bundle, architecture_of("flux")), "kohya")
+    assert back.returned
+    assert_same_tensors(Bundle(adapter().stored), back.bundle)
+    down[1, 7] = 6e-8
     with pytest.raises(NotExact, match="F16 cannot hold") as caught:
-        convert(scaled("ai-toolkit", 1.0, "F16"), "ai-toolkit")
+        convert(adapter(), "ai-toolkit")
     assert "--dtype fp32" in str(caught.value)
 
 
@@ -372,3 +389,22 @@ def test_a_dora_of_onetrainer() -> None:
     assert_same_tensors(bundle, back.bundle)
     with pytest.raises(NotRepresentable, match="DoRA magnitude per input feature"):
         convert(adapter, "diffusers")
+
+
+@pytest.mark.parametrize("small", [None, "up", "down"])
+def test_a_fused_float16_weight_comes_back(small: str | None) -> None:
+    """The parts of one weight keep sharing their factor, whichever takes the scale."""
+    one = weight("flux", "kohya", "double_blocks.0.img_attn.qkv")
+    bundle = build([Part(one, 4, 2.0, "F32")], "kohya")
+    values = {key: tensor.load().clamp(min=0.01).half() for key, tensor in bundle.tensors.items() if tensor.shape}
+    for key, tensor in values.items():
+        if small is not None and f"_{small}." in key:
+            tensor[3000 if small == "up" else 1, 0] = 6e-8
+    stored = {key: LazyTensor.from_torch(tensor) for key, tensor in values.items()}
+    alpha = {key: LazyTensor.scalar(2.0, "F16") for key in bundle.tensors if key.endswith(".alpha")}
+    source = read(Bundle({**stored, **alpha}), "kohya", "flux")
+    made = convert(source, "ai-toolkit")
+    assert len(made.adapter.modules) == 3
+    back = convert(layouts()["ai-toolkit"].read(made.bundle, source.architecture), "kohya")
+    assert back.returned
+    assert_same_tensors(Bundle(source.stored), back.bundle)
