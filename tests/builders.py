@@ -27,6 +27,7 @@ from loratool.files.safetensors import write_safetensors
 
 ARCHITECTURES = ("sd15", "sdxl", "flux")
 LAYOUTS = ("kohya", "diffusers", "peft", "comfyui")
+"""The layouts that every test of all layouts goes through; `MORE` are those that follow from them."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64}
 
 # (prefix, naming) of each component, written out: what the programs write, not what the tables say.
@@ -78,6 +79,37 @@ PREFIXES: Mapping[tuple[str, str], Mapping[str, tuple[str, str]]] = {
     },
 }
 
+MORE: Mapping[tuple[str, str], Mapping[str, tuple[str, str]]] = {
+    ("onetrainer", "sd15"): {"unet": ("lora_unet_", "diffusers"), "text_encoder": ("lora_te_", "hf")},
+    ("onetrainer", "sdxl"): {
+        "unet": ("lora_unet_", "diffusers"),
+        "text_encoder": ("lora_te1_", "hf"),
+        "text_encoder_2": ("lora_te2_", "hf"),
+    },
+    ("onetrainer", "flux"): {
+        "transformer": ("lora_transformer_", "diffusers"),
+        "text_encoder": ("lora_te1_", "hf"),
+        "text_encoder_2": ("lora_te2_", "hf"),
+    },
+    ("omi", "sd15"): {"unet": ("unet.", "ldm"), "text_encoder": ("clip_l.", "hf")},
+    ("omi", "sdxl"): {"unet": ("unet.", "ldm"), "text_encoder": ("clip_l.", "hf"), "text_encoder_2": ("clip_g.", "hf")},
+    ("omi", "flux"): {
+        "transformer": ("transformer.", "omi"),
+        "text_encoder": ("clip_l.", "hf"),
+        "text_encoder_2": ("t5.", "hf"),
+    },
+    ("musubi", "flux"): {"transformer": ("lora_unet_", "bfl")},
+    ("lycoris", "sd15"): {"unet": ("lycoris_", "diffusers")},
+    ("lycoris", "sdxl"): {"unet": ("lycoris_", "diffusers")},
+    ("lycoris", "flux"): {"transformer": ("lycoris_", "diffusers")},
+    ("ai-toolkit", "flux"): {"transformer": ("transformer.", "diffusers")},
+}
+"""The same of the other layouts that are written."""
+
+FLATTENED = frozenset({"kohya", "onetrainer", "musubi", "lycoris"})
+BESIDE = FLATTENED | {"omi"}
+"""Layouts with alpha beside the factors, always."""
+
 _NO_LINEAR = re.compile(r"embedding|\bshared\b|relative_attention_bias")
 
 
@@ -112,7 +144,7 @@ def weights(architecture: str, layout: str) -> tuple[Weight, ...]:
     """Every Linear and Conv of a model under its name in a layout, in the tables' order."""
     table = architectures()[architecture]
     found = []
-    for component, (prefix, naming) in PREFIXES[layout, architecture].items():
+    for component, (prefix, naming) in {**PREFIXES, **MORE}[layout, architecture].items():
         for name, targets in table.naming(component, naming).items():
             if len(targets[0].shape) > 1 and not any(_NO_LINEAR.search(target.path) for target in targets):
                 found.append(Weight(component, prefix, name, targets))
@@ -177,15 +209,15 @@ def spelled(
     """Keys and tensors of one module."""
     style = style or Style()
     one = part.weight
-    if layout == "kohya":
-        stem = one.prefix + one.name.replace(".", "_")
+    if layout in BESIDE:
+        stem = one.prefix + (one.name.replace(".", "_") if layout in FLATTENED else one.name)
         keys = {stem + ".lora_up.weight": factors["up"], stem + ".lora_down.weight": factors["down"]}
     else:
         folder = f"{one.component}/" if layout == "peft" and several else ""
         stem = f"{folder}{one.prefix}{one.name}"
         name = f".{style.adapter_name}" if style.adapter_name else ""
         keys = {f"{stem}.lora_B{name}.weight": factors["up"], f"{stem}.lora_A{name}.weight": factors["down"]}
-    beside = layout == "kohya" or (layout == "comfyui" and part.alpha != part.rank)
+    beside = layout in BESIDE or (layout == "comfyui" and part.alpha != part.rank)
     if beside and part.alpha is not None:
         scalar = LazyTensor.scalar(part.alpha, style.alpha_dtype or part.dtype)
         keys[stem + ".alpha"] = scalar.reshape(style.alpha_shape)

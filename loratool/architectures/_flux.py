@@ -41,6 +41,7 @@ class _Tables:
     diffusers: dict[str, tuple[Target, ...]] = field(default_factory=dict)
     bfl: dict[str, tuple[Target, ...]] = field(default_factory=dict)
     omi: dict[str, tuple[Target, ...]] = field(default_factory=dict)
+    xlabs: dict[str, tuple[Target, ...]] = field(default_factory=dict)
     tensor_keys: dict[str, str] = field(default_factory=dict)
 
 
@@ -53,6 +54,7 @@ def transformer_namings(spec: FluxTransformer) -> dict[str, Naming]:
     for name, parts in _rows(spec):
         targets = tuple(Target(COMPONENT, path, shape) for path, shape in parts)
         tables.bfl[name] = targets
+        tables.xlabs |= _xlabs_names(name, targets)
         if len(targets[0].shape) == 1:
             tables.tensor_keys[name] = f"{name}.scale"
         if _is_final_modulation(name):
@@ -67,11 +69,31 @@ def transformer_namings(spec: FluxTransformer) -> dict[str, Naming]:
         "diffusers": Naming(tables.diffusers),
         "bfl": Naming(tables.bfl, tables.tensor_keys),
         "omi": Naming(tables.omi, tables.tensor_keys),
+        "xlabs": Naming(tables.xlabs, tables.tensor_keys),
     }
 
 
 def _is_final_modulation(name: str) -> bool:
     return name == "final_layer.adaLN_modulation.1"
+
+
+_XLABS = {
+    "img_attn.qkv": "processor.qkv_lora1",
+    "txt_attn.qkv": "processor.qkv_lora2",
+    "img_attn.proj": "processor.proj_lora1",
+    "txt_attn.proj": "processor.proj_lora2",
+    "linear2": "processor.proj_lora",
+}
+"""BFL's names inside a block -> those of XLabs' processors."""
+
+
+def _xlabs_names(name: str, targets: tuple[Target, ...]) -> dict[str, tuple[Target, ...]]:
+    kind, _, rest = name.partition(".")
+    number, _, inner = rest.partition(".")
+    block = f"{kind}.{number}."
+    if inner == "linear1":
+        return {f"{block}processor.qkv_lora": targets[:3], f"{block}linear1.mlp": targets[3:]}
+    return {block + _XLABS[inner] if inner in _XLABS else name: targets}
 
 
 def _omi_name(name: str, index: int, parts: int) -> str:

@@ -73,8 +73,10 @@ ARCHITECTURE = Architecture(
             "text_encoder": Voice("base_model.model.", "hf-short"),
             "text_encoder_2": Voice("base_model.model.", "hf"),
         },
+        "xlabs": {"transformer": Voice("", "xlabs")},
     },
     reads={
+        "xlabs": {"transformer": (Voice("diffusion_model.", "xlabs"),)},  # as ComfyUI's wrapper of x-flux saves it
         "kohya": {
             "transformer": (
                 Voice("lora_unet_", "diffusers"),

@@ -21,7 +21,8 @@ def convert(
         typer.Option(
             "--to",
             metavar="LAYOUT",
-            help="kohya, diffusers, peft or comfyui. Without it a PyTorch file (.pt, .bin, .ckpt) becomes safetensors.",
+            help="kohya, diffusers, peft, comfyui, onetrainer, omi, musubi, lycoris, ai-toolkit, mlx or gguf. "
+            "Without it a PyTorch file (.pt, .bin, .ckpt) becomes safetensors.",
         ),
     ] = None,
     program: Annotated[

@@ -13,13 +13,17 @@ from loratool.core.tensor import LazyTensor
 CONFIG = "adapter_config.json"
 """PEFT's config, the side file of an adapter's folder."""
 
+SAFETENSORS, MLX, GGUF = "safetensors", "mlx", "gguf"
+"""Containers: a safetensors file or a PEFT folder of them, mlx-lm's folder, a GGUF file."""
+
 
 @dataclass(frozen=True)
 class Bundle:
     """One file or folder, before meaning: tensors, header metadata and text files beside them.
 
     A folder with one sub-folder per component spells both kinds of keys with the sub-folder in front
-    (`unet/base_model.model...`, `unet/adapter_config.json`). `notes` are sentences about what could not be kept.
+    (`unet/base_model.model...`, `unet/adapter_config.json`). `container` is what it is kept in on disk, `notes` are
+    sentences about what of it could not be kept.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -27,6 +31,7 @@ class Bundle:
     side_files: Mapping[str, str] = field(default_factory=dict)
     path: str = ""
     size_bytes: int = 0
+    container: str = SAFETENSORS
     notes: tuple[str, ...] = ()
 
 

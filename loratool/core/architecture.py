@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
+from typing import Any
 
 from loratool.core.blocks import Blocks
 from loratool.core.naming import Naming, kind
@@ -98,6 +99,7 @@ class Architecture:
     of the older model whose names this one kept: a file that may be for either is taken for the older, with a note.
     `outlines` are the tables of `components` with one block of each kind, where the whole ones are large: a stem of
     another kind is none of the model's, which is so told without building them. A `sketched` one is only asked that.
+    `config` is the model's own `config.json`, where a checkpoint's folder has one.
     """
 
     id: str
@@ -112,6 +114,7 @@ class Architecture:
     open: bool = False
     variants: tuple[Variant, ...] = ()
     kin: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
     outlines: Mapping[str, Callable[[], Namings]] = field(default_factory=dict)
     sketched: bool = False
 
@@ -161,9 +164,12 @@ class Architecture:
             spoken += [(component, voice) for voice in voices]
         return spoken
 
-    def resolver(self, layout: str, separator: str) -> Resolver:
-        """The function from a key's stem, as `layout` spells it, to everything it may name, best first."""
-        return _resolver(self, layout, separator)
+    def resolver(self, voices: Sequence[tuple[str, Voice]], separator: str) -> Resolver:
+        """The function from a key's stem, spelled with `separator`, to everything it may name in `voices`, best first.
+
+        It remembers what it has resolved: make it once.
+        """
+        return _resolver(self, voices, separator)
 
 
 @cache
@@ -176,9 +182,7 @@ def _kinds(outline: Callable[[], Namings], naming: str, separator: str) -> froze
     return frozenset(kind(name.replace(".", separator)) for name in _built(outline)[naming])
 
 
-@cache
-def _resolver(architecture: Architecture, layout: str, separator: str) -> Resolver:
-    voices = architecture.voices(layout)
+def _resolver(architecture: Architecture, voices: Sequence[tuple[str, Voice]], separator: str) -> Resolver:
     if architecture.open:
 
         def resolve(stem: str) -> Sequence[Spoken]:

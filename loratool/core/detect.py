@@ -45,6 +45,8 @@ class Candidate:
     proportional: float = 0.0
     written: float = 0.0
     own: float = 0.0
+    signed: bool = False
+    table: bool = False
 
     @property
     def perfect(self) -> bool:
@@ -55,7 +57,13 @@ class Candidate:
     def score(self) -> float:
         """Names first; sizes tell apart models that share names; written spellings win over aliases."""
         width = 0.1 * self.consistent + 0.1 * self.proportional
-        return self.resolved * (0.5 + 0.3 * self.fitting + width) + 0.001 * self.written
+        return self.resolved * (0.5 + 0.3 * self.fitting + width) + self.preference
+
+    @property
+    def preference(self) -> float:
+        """What decides between spellings that read the same: the program that the header names, the voices that are
+        written, and a layout in the architecture's own table before one whose voices are derived."""
+        return 0.002 * self.signed + 0.001 * self.written + 0.0002 * self.table
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,13 +95,18 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
     sample = keys[:: max(1, len(keys) // SAMPLE)]
     readings: list[_Reading] = []
     shares: list[tuple[float, _Reading, Architecture]] = []
-    for spelling in [layouts()[layout]] if layout else layouts().values():
-        stems = {parts[0] for key in sample if (parts := spelling.split(key)) is not None}
+    spellings = [layouts()[layout]] if layout else list(layouts().values())
+    heard = {one: {parts[0] for key in sample if (parts := one.split(key)) is not None} for one in spellings}
+    for spelling, stems in heard.items():
         if not stems:
             continue
         reading = _Reading(bundle, spelling)
         readings.append(reading)
+        begun = stems | {stem.rpartition("/")[2] for stem in stems}  # a folder's components have sub-folders
         for table in tables:
+            prefixes = spelling.prefixes(table)
+            if not any(stem.startswith(prefixes) for stem in begun) or _echo(spelling, table, heard, bundle.metadata):
+                continue
             known = sum(bool(spelling.resolve(stem, table.sketch, bundle.metadata)) for stem in stems)
             if known:
                 shares.append((known / len(stems), reading, table))
@@ -114,6 +127,21 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
             return Detection(best, tuple(candidates), others=others)
         return _open(readings, tuple(candidates), tuple(dict.fromkeys(c.architecture.id for c in rivals)))
     return _open(readings, tuple(candidates), ())
+
+
+def _echo(layout: Layout, table: Architecture, heard: Mapping[Layout, set[str]], metadata: Mapping[str, str]) -> bool:
+    """Whether a layout with derived voices writes nothing for a model that another one of its own does not write
+    alike, knows no key that the other does not, and is not named in the header: it would be second anyway."""
+    if layout.id in table.writes or layout.signed(metadata):
+        return False
+    written = layout.written(table).items()
+    return any(
+        other.id in table.writes
+        and other.separator == layout.separator
+        and stems >= heard[layout]
+        and other.written(table).items() >= written
+        for other, stems in heard.items()
+    )
 
 
 def _named_in(metadata: Mapping[str, str], rivals: Sequence[Candidate]) -> list[Candidate]:
@@ -179,9 +207,9 @@ def _open(readings: list[_Reading], candidates: tuple[Candidate, ...], tie: tupl
     found: list[Candidate] = []
     for reading in readings:
         for architecture in architectures().values():
-            if architecture.open and architecture.voices(reading.layout.id):
+            if architecture.open and reading.layout.voices(architecture):
                 found += _candidates(reading, architecture)
-    found = sorted((c for c in found if c.resolved > 0), key=lambda c: -(c.resolved + 0.001 * c.written))
+    found = sorted((c for c in found if c.resolved > 0), key=lambda c: -(c.resolved + c.preference))
     if found:
         return Detection(found[0], candidates, tie)
     for reading in readings:
@@ -211,7 +239,7 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
     layout, parsed, metadata = reading.layout, reading.parsed, reading.bundle.metadata
     if parsed is None:
         return []
-    written = architecture.writes.get(layout.id, {})
+    written = layout.written(architecture)
     published = architecture.checkpoints[0].voices if architecture.checkpoints else {}
     total = len(parsed.groups) + len(parsed.unknown)
     resolved = plain = own = sized = fitting = 0
@@ -246,6 +274,8 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
         max(factors.values()) / noted if noted else 0.0,
         plain / resolved if resolved else 0.0,
         own / resolved if resolved else 0.0,
+        layout.signed(metadata),
+        layout.id in architecture.writes,
     )
     return [found]
 
@@ -263,8 +293,7 @@ def _shape(bundle: Bundle, by_family: Mapping[str, Mapping[str, str]]) -> tuple[
 def _note_widths(said: Spoken, shape: tuple[int, ...], widths: dict[int, Counter[int]]) -> None:
     """Notes which size of the file stands for which size of the standard model (another width: one for one)."""
     assert said.targets is not None
-    if shape[0]:
-        widths[sum(target.rows for target in said.targets)][shape[0]] += 1
+    widths[sum(target.rows for target in said.targets)][shape[0]] += 1
     standard = squeezed(said.targets[0].shape)
-    if len(shape) > 1 and len(standard) > 1 and shape[1]:
+    if len(shape) > 1 and len(standard) > 1:
         widths[standard[1]][shape[1]] += 1

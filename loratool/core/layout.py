@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 from loratool.core.adapter import Adapter, Bundle
-from loratool.core.architecture import Architecture, Spoken, Voice
+from loratool.core.architecture import Architecture, Resolver, Spoken, Voice
 from loratool.core.errors import FormatError, LoratoolError, NotRepresentable, few
 from loratool.core.family import ALPHA_SCALES
 from loratool.core.module import Module
@@ -24,6 +24,13 @@ VECTOR = ".lora_magnitude_vector"
 
 ANY = "*"
 """Family of the roles that every family shares."""
+
+Voices = Mapping[str, tuple[Voice, ...]]
+"""component -> the voice that is written, then more that are read."""
+
+
+def _none(architecture: Architecture) -> Voices:
+    return {}
 
 
 @dataclass
@@ -47,13 +54,16 @@ class Parsed:
     unknown: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """A spelling: separator, factor suffixes, where alpha and magnitude live. Subclasses say what differs.
 
     `spelling[(family, role)]` is the suffix that is written; `aliases[suffix]` more suffixes that occur.
     `header_entries` are the header entries that describe this spelling and mean nothing in another one; `elsewhere`
     are the roles that it keeps there or in a side file, and not as a tensor.
+    `derive` makes its voices out of those that an architecture has for other layouts, where the architecture's own
+    table has none for this one: a new layout then speaks of every model. It builds no naming. `names` are other names
+    of the same spelling. A layout that is not `writable` is only written on the way back to a file that was so spelled.
     """
 
     id: str
@@ -65,6 +75,26 @@ class Layout:
     elsewhere: frozenset[tuple[str, str]] = frozenset()
     writable: bool = True
     folder: bool = False
+    derive: Callable[[Architecture], Voices] = _none
+    names: tuple[str, ...] = ()
+
+    # -- voices ----------------------------------------------------------------------------------------------
+
+    def written(self, architecture: Architecture) -> Mapping[str, Voice]:
+        """The voice in which each component of a model is written."""
+        return _written(self, architecture)
+
+    def voices(self, architecture: Architecture) -> Sequence[tuple[str, Voice]]:
+        """Every (component, voice) that may occur for a model, the written ones first."""
+        return _voices(self, architecture)
+
+    def prefixes(self, architecture: Architecture) -> tuple[str, ...]:
+        """What a stem may begin with for a model."""
+        return _prefixes(self, architecture)
+
+    def signed(self, metadata: Mapping[str, str]) -> bool:
+        """Whether the header says that this layout's program wrote the file: it decides between equal spellings."""
+        return False
 
     # -- reading ---------------------------------------------------------------------------------------------
 
@@ -112,7 +142,7 @@ class Layout:
 
     def resolve(self, stem: str, architecture: Architecture, metadata: Mapping[str, str]) -> Sequence[Spoken]:
         """Everything a stem may name in an architecture, best first. `metadata` is the file's header's."""
-        return architecture.resolver(self.id, self.separator)(stem)
+        return _resolver(self, architecture)(stem)
 
     def read(self, bundle: Bundle, architecture: Architecture, parsed: Parsed | None = None) -> Adapter:
         """The adapter in a bundle, for one architecture. Nothing but alpha scalars is read.
@@ -170,12 +200,11 @@ class Layout:
             names = " and ".join(sorted(group.by_family))
             raise FormatError(f"one module of two families: {names}", key=stem)
         (family_id, roles), *_ = group.by_family.items()
-        factors = {role: bundle.tensors[key] for role, key in roles.items()}
-        family_id, renamed = self.meant(family_id, factors)
+        family_id, renamed = self.meant(family_id, {role: bundle.tensors[key] for role, key in roles.items()})
         if renamed:
             roles = {renamed.get(role, role): key for role, key in roles.items()}
-            factors = {role: bundle.tensors[key] for role, key in roles.items()}
         family = families()[family_id]
+        factors = self.read_factors(family_id, {role: bundle.tensors[key] for role, key in roles.items()})
         constant = family.alpha_role if family.alpha_role != ALPHA_SCALES else None
         if constant is not None and ALPHA in group.shared:
             factors[constant] = bundle.tensors[group.shared[ALPHA]]
@@ -202,6 +231,10 @@ class Layout:
             magnitude = self.canonical_magnitude(bundle.tensors[key], shape, key, columns)
         keys = {**roles, **group.shared}
         return said, Module(said.targets_at(shape), family, factors, alpha, magnitude, keys)
+
+    def read_factors(self, family: str, factors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+        """Factors by the family's roles and in its shapes, where a spelling has others."""
+        return factors
 
     def meant(self, family: str, factors: Mapping[str, LazyTensor]) -> tuple[str, Mapping[str, str]]:
         """The family that is meant, and roles that are other ones there, where a suffix alone does not tell.
@@ -252,6 +285,11 @@ class Layout:
             return f"{self.id} has no spelling for a DoRA magnitude"
         return None
 
+    def ready(self, modules: Sequence[Module]) -> tuple[Module, ...]:
+        """Modules without an obstacle as this layout can hold them, each the same update: a scale that it has no place
+        for is put into the factors."""
+        return tuple(modules)
+
     def suffix(self, module: Module, role: str) -> str:
         """The suffix of one of a module's factors."""
         return self.spelling[module.family.id, role]
@@ -261,8 +299,11 @@ class Layout:
 
         Extras are not written. Raises NotRepresentable with every module that this layout cannot express.
         """
-        voices = {**self.voices_for(adapter), **(voices or {})}
+        voices = dict(voices or {})
+        if any(component not in voices for component in adapter.components):
+            voices = {**self.voices_for(adapter), **voices}
         self.refuse(adapter.modules)
+        adapter = replace(adapter, modules=self.ready(adapter.modules))
         tensors: dict[str, LazyTensor] = {}
         for module in adapter.modules:
             tensors.update(self.spell(module, adapter.architecture, voices).values())
@@ -316,7 +357,7 @@ class Layout:
         """role -> (key, tensor) of everything that is stored for one module."""
         stem = self.stem(module, architecture, voices)
         spelled = {
-            role: (stem + self.suffix(module, role), factor)
+            role: (stem + self.suffix(module, role), self.stored_factor(module, role, factor))
             for role, factor in module.factors.items()
             if (module.family.id, role) not in self.elsewhere
         }
@@ -329,7 +370,7 @@ class Layout:
 
     def voices_for(self, adapter: Adapter) -> Mapping[str, Voice]:
         """The voice in which each component is written. Raises NotRepresentable for a component without one."""
-        written = adapter.architecture.writes.get(self.id, {})
+        written = self.written(adapter.architecture)
         missing = [component for component in adapter.components if component not in written]
         if missing:
             hint = "; ".join(adapter.notes) or "name a checkpoint of the model with --base"
@@ -354,6 +395,10 @@ class Layout:
         alpha = module.alpha if module.alpha is not None else float(module.rank)
         return alpha_scalar(alpha, module.dtype)
 
+    def stored_factor(self, module: Module, role: str, factor: LazyTensor) -> LazyTensor:
+        """A factor in the shape that this layout stores: the inverse of `read_factors`."""
+        return factor
+
     def stored_magnitude(self, module: Module) -> LazyTensor:
         """The magnitude in the shape that this layout stores."""
         assert module.magnitude is not None
@@ -362,6 +407,33 @@ class Layout:
     def finish(self, adapter: Adapter, bundle: Bundle, voices: Mapping[str, Voice]) -> Bundle:
         """The bundle with what is not a tensor: header entries, side files."""
         return bundle
+
+
+@cache
+def _written(layout: Layout, architecture: Architecture) -> Mapping[str, Voice]:
+    own = architecture.writes.get(layout.id)
+    derived = layout.derive(architecture) if own is None else {}
+    return own if own is not None else {component: voices[0] for component, voices in derived.items()}
+
+
+@cache
+def _voices(layout: Layout, architecture: Architecture) -> Sequence[tuple[str, Voice]]:
+    voices = dict.fromkeys(_written(layout, architecture).items())
+    voices |= dict.fromkeys(architecture.voices(layout.id))
+    if layout.id not in architecture.writes:
+        for component, more in layout.derive(architecture).items():
+            voices |= dict.fromkeys((component, voice) for voice in more)
+    return tuple(voices)
+
+
+@cache
+def _prefixes(layout: Layout, architecture: Architecture) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(voice.prefix for _, voice in layout.voices(architecture)))
+
+
+@cache
+def _resolver(layout: Layout, architecture: Architecture) -> Resolver:
+    return architecture.resolver(layout.voices(architecture), layout.separator)
 
 
 def _best(spoken: Sequence[Spoken], shape: tuple[int, ...], component: str | None) -> Spoken:

@@ -255,6 +255,12 @@ class LazyTensor:
             values = self.load().float().numpy()
         return values.reshape(self.shape).astype(dtype)
 
+    def octets(self) -> Array:
+        """The stored bytes as an array of uint8, `(bytes,)`."""
+        import numpy
+
+        return numpy.frombuffer(bytes(self.read()), "u1")
+
     def item(self) -> float:
         """The value of a one-element tensor, without torch. Raises FormatError for other sizes and dtypes."""
         if self.numel != 1:
@@ -363,6 +369,22 @@ def scaled(tensor: LazyTensor, gain: float) -> LazyTensor:
         return tensor
     dtype = tensor.dtype
     return LazyTensor.computed(tensor.shape, dtype, lambda: (tensor.load().double() * gain).to(torch_dtype(dtype)))
+
+
+def transposed(tensor: LazyTensor) -> LazyTensor:
+    """A matrix with rows and columns exchanged, lazily; the matrix itself when done twice."""
+    if isinstance(tensor.source, _Transposed):
+        return tensor.source.matrix
+    turned = LazyTensor.computed(tensor.shape[::-1], tensor.dtype, lambda: tensor.load().T.contiguous())
+    return LazyTensor(turned.shape, turned.dtype, _Transposed(turned.nbytes, turned.read, tensor))
+
+
+class _Transposed(Computed):
+    """Remembers what it is the transpose of."""
+
+    def __init__(self, nbytes: int, make: Callable[[], memoryview | bytes], matrix: LazyTensor) -> None:
+        super().__init__(nbytes, make)
+        self.matrix = matrix
 
 
 def torch_dtype(code: str) -> torch.dtype:

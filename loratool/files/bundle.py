@@ -9,17 +9,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from loratool.core.adapter import CONFIG, Bundle
+from loratool.core.adapter import CONFIG, GGUF, MLX, Bundle
 from loratool.core.errors import FormatError, LoratoolError
 from loratool.core.registry import components
 from loratool.core.tensor import LazyTensor
 from loratool.files.atomic import atomic_write
+from loratool.files.gguf import is_gguf, read_gguf, write_gguf
 from loratool.files.pickles import is_pickle, read_pickle
 from loratool.files.safetensors import file_size, read_header, write_safetensors
 
 MODEL = "adapter_model.safetensors"
 OLD_MODEL = "adapter_model.bin"
 """PEFT's model as it was saved before safetensors: a pickle."""
+
+MLX_MODEL = "adapters.safetensors"
+"""The tensors of mlx-lm's folder."""
+
+_WITH_CONFIG = (MODEL, OLD_MODEL, MLX_MODEL)
+"""Files that a config may stand beside."""
 
 PICKLES = (".pt", ".bin", ".ckpt", ".pth")
 _WORD = re.compile(r"[A-Za-z0-9_]+")
@@ -40,9 +47,11 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     try:
         if place.is_dir():
             return _read_folder(place)
+        if is_gguf(place):
+            return read_gguf(place)
         sides = {}
         config = place.with_name(CONFIG)
-        if place.name in (MODEL, OLD_MODEL) and config.is_file():
+        if place.name in _WITH_CONFIG and config.is_file():
             sides[CONFIG] = _read_text(config)
         found = _tensors_of(place)
     except LoratoolError as error:
@@ -61,7 +70,9 @@ def _tensors_of(file: Path) -> Bundle:
 
 
 def _read_folder(place: Path) -> Bundle:
-    if any((place / name).is_file() for name in (CONFIG, MODEL, OLD_MODEL)):
+    if (place / MLX_MODEL).is_file() and not model_of(place).is_file():
+        return replace(read_bundle(place / MLX_MODEL), path=str(place), container=MLX)
+    if (place / CONFIG).is_file() or model_of(place).is_file():
         return _merged(place, {"": place})
     parts = {f"{sub.name}/": sub for sub in sorted(place.iterdir()) if is_component_folder(sub)}
     if parts:
@@ -90,7 +101,7 @@ def adapters_in(path: str | os.PathLike[str]) -> list[str]:
     found = [
         entry
         for entry in sorted(place.iterdir())
-        if entry.suffix in (".safetensors", *PICKLES) or (entry.is_dir() and (entry / CONFIG).is_file())
+        if entry.suffix in (".safetensors", ".gguf", *PICKLES) or (entry.is_dir() and (entry / CONFIG).is_file())
     ]
     return [str(entry) for entry in found] or [str(path)]
 
@@ -99,9 +110,10 @@ def adapter_files(place: Path) -> list[Path]:
     """The files that an adapter is read from: itself, its config beside it, or those of each component of a folder."""
     if not place.is_dir():
         config = place.with_name(CONFIG)
-        return [config, place] if place.name in (MODEL, OLD_MODEL) and config.is_file() else [place]
+        return [config, place] if place.name in _WITH_CONFIG and config.is_file() else [place]
     folders = [place, *filter(is_component_folder, sorted(place.iterdir()))]
-    named = [file for folder in folders for file in (folder / CONFIG, model_of(folder)) if file.is_file()]
+    files = [file for folder in folders for file in (folder / CONFIG, model_of(folder), folder / MLX_MODEL)]
+    named = [file for file in files if file.is_file()]
     safe = sorted(file for file in place.iterdir() if file.suffix == ".safetensors")
     return named or safe or sorted(file for file in place.iterdir() if file.suffix in PICKLES)
 
@@ -185,7 +197,10 @@ def write_bundle(
     place = Path(path)
     if not folder:
         with atomic_write(place, overwrite=overwrite) as temporary:
-            write_safetensors(temporary, bundle.tensors, bundle.metadata, hashes=hashes, progress=progress)
+            if bundle.container == GGUF:
+                write_gguf(temporary, bundle.tensors, bundle.metadata)
+            else:
+                write_safetensors(temporary, bundle.tensors, bundle.metadata, hashes=hashes, progress=progress)
             if check is not None:
                 check(str(temporary))
         return
@@ -217,7 +232,8 @@ def _write_folder(
         temporary.chmod(0o777 & ~_umask())
         for folder, tensors in _by_folder(bundle.tensors).items():
             (temporary / folder).mkdir(parents=True, exist_ok=True)
-            with atomic_write(temporary / folder / MODEL, overwrite=False) as file:
+            name = MLX_MODEL if bundle.container == MLX else MODEL
+            with atomic_write(temporary / folder / name, overwrite=False) as file:
                 write_safetensors(file, tensors, bundle.metadata, hashes=hashes, progress=progress)
         for name, text in bundle.side_files.items():
             with atomic_write(temporary / _side_file(name), overwrite=False) as file:
@@ -241,7 +257,7 @@ def _write_folder(
 def _remove_stale(place: Path, written: set[Path]) -> None:
     """Removes what an adapter that was overwritten leaves: its model and config where the new one has none."""
     for folder in (place, *filter(is_component_folder, place.iterdir())):
-        for name in (CONFIG, MODEL):
+        for name in (CONFIG, MODEL, MLX_MODEL):
             if folder / name not in written:
                 (folder / name).unlink(missing_ok=True)
         if folder != place and not any(folder.iterdir()):

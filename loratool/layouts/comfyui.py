@@ -15,12 +15,20 @@ from loratool.core.layout import ALPHA, ANY, MAGNITUDE, Layout, Parsed
 from loratool.core.module import Module
 from loratool.core.tensor import LazyTensor
 from loratool.layouts._lycoris import BESIDE_NORM, FULL, LOHA, LOKR, WEIGHT_CHANGING
+from loratool.layouts._peft_config import without_adapter_name
 
 _KOHYA_PAIR = {"up": ".lora_up.weight", "down": ".lora_down.weight", "mid": ".lora_mid.weight"}
 
 
 class Comfyui(Layout):
     """The dotted native spelling."""
+
+    def rewrite(self, key: str) -> str:
+        """ComfyUI's other ways to write a suffix: `to_q_lora.up.weight` and `lora_B.default.weight`."""
+        if key.endswith(("_lora.down.weight", "_lora.up.weight")):
+            stem, _, rest = key.rpartition("_lora.")
+            return f"{stem}.lora.{rest}"
+        return without_adapter_name(key)
 
     def parse(self, keys: Sequence[str]) -> Parsed:
         """`diff_b` beside a LoRA pair is that pair's bias; alone it is an adapter of its own."""
@@ -122,6 +130,8 @@ LAYOUT = Comfyui(
         ".lora_B": ("lora", "up"),
         ".lora.down.weight": ("lora", "down"),
         ".lora.up.weight": ("lora", "up"),
+        ".lora_linear_layer.down.weight": ("lora", "down"),
+        ".lora_linear_layer.up.weight": ("lora", "up"),
         ".lora_magnitude_vector": (ANY, MAGNITUDE),
         BESIDE_NORM: ("diff", "bias"),
     },

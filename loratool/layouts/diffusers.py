@@ -31,7 +31,12 @@ from loratool.layouts._peft_config import (
 
 METADATA = "lora_adapter_metadata"
 
-_PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out|add_[kqv]_proj|to_add_out)_lora\.(up|down)\.weight$")
+_PROCESSOR = re.compile(r"(?:\.processor)?\.(to_[qkv]|to_out|add_[kqv]_proj|to_add_out)_lora\.(up|down)\.weight$")
+_OF_ENCODERS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+_WRAPPER = ".base_model.model."
+_NORMS = (".norm_q", ".norm_k", ".norm_added_q", ".norm_added_k")
+"""The norms whose whole weight diffusers takes from a control LoRA."""
+
 _RANKED_IN_ENCODERS = (".q_proj", ".k_proj", ".v_proj", ".out_proj", ".fc1", ".fc2")
 _TODAY = {"up": "lora_B", "down": "lora_A"}
 
@@ -40,12 +45,21 @@ class Diffusers(Layout):
     """The diffusers file."""
 
     def rewrite(self, key: str) -> str:
-        """Attention processors of 2023 into module paths; no leftover adapter name."""
+        """Attention processors of 2023 into module paths; no PEFT wrapper (`transformer.base_model.model.`) and no
+        leftover adapter name."""
+        key = key.replace(_WRAPPER, ".", 1)
         match = _PROCESSOR.search(key)
-        if match is not None:
-            path = "to_out.0" if match[1] == "to_out" else match[1]
-            return f"{key[: match.start()]}.{path}.{_TODAY[match[2]]}.weight"
-        return without_adapter_name(key)
+        if match is None:
+            return without_adapter_name(key)
+        path = "to_out.0" if match[1] == "to_out" else match[1]
+        if ".self_attn" in key:
+            path = _OF_ENCODERS.get(match[1], path)
+        return f"{key[: match.start()]}.{path}.{_TODAY[match[2]]}.weight"
+
+    def split(self, key: str) -> tuple[str, str, str] | None:
+        """A whole weight is a control LoRA's only where it is an attention norm's."""
+        parts = super().split(key)
+        return None if parts is not None and parts[1] == "set" and not parts[0].endswith(_NORMS) else parts
 
     def with_alphas(self, adapter: Adapter) -> Adapter:
         """Alphas from the header, where there is none beside the factors."""
@@ -63,7 +77,9 @@ class Diffusers(Layout):
         return replace(adapter, modules=tuple(modules))
 
     def obstacle(self, module: Module) -> str | None:
-        """diffusers' magnitude is PEFT's: per output feature."""
+        """diffusers' magnitude is PEFT's: per output feature. Of whole weights it loads those of norms."""
+        if module.family.id == "set" and not module.targets[0].path.endswith(_NORMS):
+            return f"{self.id} replaces the weights of attention norms only"
         return peft_obstacle(module, self.id) or super().obstacle(module)
 
     def stored_magnitude(self, module: Module) -> LazyTensor:
@@ -81,14 +97,17 @@ class Diffusers(Layout):
         whole: dict[str, Any] = {}
         told = True
         for component in adapter.components:
-            modules = [(_short(path_of(m, adapter.architecture, voices)), m) for m in adapter.of(component)]
+            pairs = [module for module in adapter.of(component) if module.family.id == "lora"]
+            if not pairs:
+                continue
+            modules = [(_short(path_of(m, adapter.architecture, voices)), m) for m in pairs]
             known = all_paths(adapter.architecture, component, voices)
             others = None if known is None else frozenset(map(_short, known))
             # An encoder's `text_model.` comes and goes between versions of transformers: its names are left open at
             # the front, so that they match either way.
             config = config_of(modules, others, anchor=not component.startswith("text_encoder"))
             whole |= {f"{component}.{field}": value for field, value in config.items()}
-            told = told and _told_by_keys(config, adapter.of(component))
+            told = told and _told_by_keys(config, pairs)
         if not told:
             metadata[METADATA] = json.dumps(whole, indent=2, sort_keys=True)
         return Bundle(bundle.tensors, metadata)
@@ -121,6 +140,7 @@ LAYOUT = Diffusers(
         ("lora", "bias"): ".lora_B.bias",
         ("lora", "embedding_A"): ".lora_embedding_A",
         ("lora", "embedding_B"): ".lora_embedding_B",
+        ("set", "weight"): ".weight",  # of attention norms, in control LoRAs
         (ANY, ALPHA): ".alpha",
         # With `.weight`: PEFT takes both, but transformers (5.23), which loads the encoders, only this.
         (ANY, MAGNITUDE): ".lora_magnitude_vector.weight",

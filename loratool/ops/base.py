@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from loratool.core.architecture import Architecture, Checkpoint, Namings, Voice
 from loratool.core.errors import FormatError
@@ -16,6 +18,8 @@ from loratool.files.checkpoint import CheckpointFiles, read_checkpoint
 
 _WRAPPERS = ("model.diffusion_model.", "diffusion_model.")
 _WEIGHT = ".weight"
+MODEL_CONFIG, MAX_CONFIG = "config.json", 16 << 20
+"""A transformers model's own config, and how large (bytes) it may be to be read."""
 
 BACKBONES = ("transformer", "unet", "prior")
 """Sub-folders with the part of a pipeline that is its own."""
@@ -65,7 +69,22 @@ def model_of(checkpoint: CheckpointFiles) -> Architecture:
             "comfyui": {c: (Voice("", "base"), Voice("model.diffusion_model.", "base")) for c in components},
             "peft": {c: (Voice("", "base"),) for c in components},
         },
+        config=_config(Path(checkpoint.path)),
     )
+
+
+def _config(place: Path) -> Mapping[str, Any]:
+    """The `config.json` of a model's folder; nothing where there is none that can be read."""
+    file = place / MODEL_CONFIG
+    if not file.is_file() or file.stat().st_size > MAX_CONFIG:
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return {}
+    if isinstance(config, dict) and isinstance(config.get("text_config"), dict):
+        config = {**config, **config["text_config"]}
+    return config if isinstance(config, dict) else {}
 
 
 def known_model(checkpoint: CheckpointFiles) -> Architecture | None:

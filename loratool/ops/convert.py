@@ -42,11 +42,12 @@ def convert(adapter: Adapter, to: str, *, dtype: str | None = None, drop_extras:
     modules that `to` cannot express, NotExact for families that cannot be cut as `to` needs it, and LoratoolError
     for extras that find no place.
     """
-    layout = check_writable(adapter, to)
+    layout = layouts()[to]
     if dtype is not None:
         adapter = replace(adapter, modules=tuple(cast(module, dtype) for module in adapter.modules))
     elif (back := _return(adapter, layout)) is not None:
         return back
+    check_writable(adapter, to)
     spelled = spell(adapter, to, drop_extras=drop_extras)
     source, spoken, extras = layouts()[adapter.layout], spelled.adapter, spelled.extras
     header = converted_header(spoken, source, layout, spelled.bundle.metadata)
@@ -58,12 +59,13 @@ def convert(adapter: Adapter, to: str, *, dtype: str | None = None, drop_extras:
         fingerprint=origin.fingerprint(spoken.modules),
         extras={key: origin.packed(tensor) for key, tensor in extras.in_header.items()},
         blocks=spelled.blocks,
+        scales=origin.scales(adapter.modules, spoken.modules),
         order=tuple(adapter.metadata),
         metadata=origin.changes(adapter.metadata, {**header, origin.ENTRY: ""}),
     )
     header[origin.ENTRY] = origin.encode(ticket)
     return Converted(
-        Bundle({**spelled.bundle.tensors, **extras.in_file}, header, spelled.bundle.side_files),
+        replace(spelled.bundle, tensors={**spelled.bundle.tensors, **extras.in_file}, metadata=header),
         spoken,
         layout,
         carried=tuple(extras.in_header),
@@ -100,10 +102,11 @@ def _return(adapter: Adapter, layout: Layout) -> Converted | None:
         return None
     try:
         groups = regrouped(adapter, layout, ticket)
+        groups = replace(groups, modules=origin.at_scales(groups.modules, ticket.scales))
         spoken = replace(adapter, modules=groups.modules)
         written = layout.write(spoken, ticket.spoken())
         # The ticket says how this header differs from the original's: what is written today has no part in it.
-        bundle = origin.restored(Bundle(written.tensors, adapter.metadata), ticket)
+        bundle = origin.restored(replace(written, metadata=adapter.metadata), ticket)
         bundle = replace(bundle, tensors={**bundle.tensors, **adapter.extras})
         again = layout.read(bundle, adapter.architecture)
     except (LoratoolError, LookupError, ValueError, TypeError, AttributeError):

@@ -386,7 +386,7 @@ def _key(sides: Sides, place: Place, layout: Layout, suffix: str) -> str | None:
     """The key of a difference; ComfyUI calls a parameter that is no module's `weight` by its own name."""
     if layout.id not in FULL_LAYOUTS:
         return None
-    voices = sides.architecture.writes[layout.id]
+    voices = layout.written(sides.architecture)
     stem = layout.stem(place.module, sides.architecture, voices)
     naming = sides.architecture.naming(place.module.component, voices[place.module.component].naming)
     home = naming.home(place.module.targets[0])

@@ -264,7 +264,7 @@ def _notes(sides: Sides, places: Places, layout: Layout) -> tuple[str, ...]:
     notes = []
     if sides.unmatched:
         notes.append(f"only one of the two has {', '.join(sides.unmatched)}")
-    unspoken = [c for c in sides.components if c not in sides.architecture.writes.get(layout.id, {})]
+    unspoken = [c for c in sides.components if c not in layout.written(sides.architecture)]
     if unspoken:
         notes.append(f"{layout.id} has no spelling for {', '.join(unspoken)}: left out")
     if sides.outside:

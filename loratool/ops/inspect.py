@@ -223,7 +223,7 @@ def _written_by(metadata: Mapping[str, str], sides: Mapping[str, str]) -> str | 
     for text in sides.values():
         config = _json(text)
         if isinstance(config, dict):
-            return f"PEFT {config.get('peft_version', '')}".strip()
+            return "mlx-lm" if "fine_tune_type" in config else f"PEFT {config.get('peft_version', '')}".strip()
     return None
 
 

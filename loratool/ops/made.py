@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loratool.core.adapter import Adapter, Bundle
@@ -64,7 +64,8 @@ def make(adapter: Adapter, to: str, recipe: Mapping[str, Any], *, drop_extras: b
     spelled = spell(adapter, to, drop_extras=drop_extras)
     source = layouts()[adapter.layout]
     header = made_header(spelled.adapter, source, spelled.layout, spelled.bundle.metadata, recipe)
-    bundle = Bundle({**spelled.bundle.tensors, **spelled.extras.in_file}, header, spelled.bundle.side_files)
+    tensors = {**spelled.bundle.tensors, **spelled.extras.in_file}
+    bundle = replace(spelled.bundle, tensors=tensors, metadata=header)
     return Made(bundle, spelled.adapter, spelled.layout, spelled.extras.dropped)
 
 

@@ -84,7 +84,8 @@ def understand(bundle: Bundle, architecture: Architecture | None = None, layout:
 
 def layout_named(name: str) -> str:
     """The id of a layout. Raises UsageError with the nearest and the known ones."""
-    return _known(name, "layout", layouts())
+    other = {alias: layout.id for layout in layouts().values() for alias in layout.names}
+    return other.get(name) or _known(name, "layout", layouts())
 
 
 def _known(name: str, what: str, known: Collection[str]) -> str:

@@ -18,6 +18,7 @@ from loratool.core.architecture import Voice
 from loratool.core.errors import LoratoolError
 from loratool.core.layout import ALPHA, Layout
 from loratool.core.module import Module
+from loratool.core.scale import at_scale, inner_took, stuck
 from loratool.core.tensor import DTYPES, Held, LazyTensor
 
 ENTRY = "loratool.origin"
@@ -33,9 +34,9 @@ class Ticket:
     """What it takes to go back. All fields are plain JSON.
 
     `keys` maps a key that the layout would write to `[key, shape, dtype]` of the original, or to None where the
-    original had none; `added` and `extras` map keys to `[dtype, shape, base64]`; `metadata` maps header entries to
-    their original value, or None where there was none, and `order` lists the original's; `fingerprint` tells whether
-    the file is still as converted.
+    original had none; `scales` a module's targets to its scale, where the other layout has it in the factors; `added`
+    and `extras` map keys to `[dtype, shape, base64]`; `metadata` maps header entries to their original value, or None
+    where there was none, and `order` lists the original's; `fingerprint` tells whether the file is still as converted.
     """
 
     layout: str
@@ -46,6 +47,7 @@ class Ticket:
     added: Mapping[str, Any] = field(default_factory=dict)
     extras: Mapping[str, Any] = field(default_factory=dict)
     blocks: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    scales: Mapping[str, Sequence[float]] = field(default_factory=dict)
     metadata: Mapping[str, str | None] = field(default_factory=dict)
     order: Sequence[str] = ()
     side_files: Mapping[str, str] = field(default_factory=dict)
@@ -101,8 +103,6 @@ def ticket_for(adapter: Adapter, layout: Layout) -> Ticket:
     """
     voices = {component: (voice.prefix, voice.naming) for component, voice in adapter.voices.items()}
     ticket = Ticket(layout.id, adapter.architecture.id, voices, side_files=dict(adapter.side_files))
-    if not layout.writable:
-        return ticket
     keys: dict[str, Any] = {}
     added: dict[str, Any] = {}
     try:
@@ -124,6 +124,32 @@ def ticket_for(adapter: Adapter, layout: Layout) -> Ticket:
     except (LoratoolError, KeyError):
         return ticket  # the original is no spelling that its layout writes: the way back gives today's spelling
     return replace(ticket, keys=keys, added=added)
+
+
+def scales(before: Sequence[Module], after: Sequence[Module]) -> dict[str, list[float]]:
+    """Of modules whose scale the other layout has put into the factors, by component and targets: the scale, and 1
+    where the inner factor took it."""
+    now = {(target.component, target.path): module for module in after for target in module.targets}
+    found: dict[str, list[float]] = {}
+    for module in before:
+        others = [now[place] for t in module.targets if (place := (t.component, t.path)) in now]
+        if others and all(other.scale != module.scale for other in others):
+            found[_name(module)] = [module.scale, float(inner_took(module, others[0]))]
+    return found
+
+
+def at_scales(modules: Sequence[Module], scales: Mapping[str, Sequence[float]]) -> tuple[Module, ...]:
+    """Modules at the scales that they had, their factors as they were."""
+
+    def back(module: Module) -> Module:
+        scale, inner = scales.get(_name(module), (module.scale, 0.0))
+        return module if stuck(module, scale) is not None else at_scale(module, scale, bool(inner))
+
+    return tuple(map(back, modules))
+
+
+def _name(module: Module) -> str:
+    return f"{module.component}:{'+'.join(target.path for target in module.targets)}"
 
 
 def _implied(module: Module, alpha: LazyTensor) -> bool:
@@ -173,7 +199,7 @@ def restored(bundle: Bundle, ticket: Ticket) -> Bundle:
     metadata = {key: value for key, value in bundle.metadata.items() if key not in ticket.metadata}
     metadata |= {key: value for key, value in ticket.metadata.items() if value is not None}
     ordered = {key: metadata.pop(key) for key in ticket.order if key in metadata}
-    return Bundle(tensors, {**ordered, **metadata}, dict(ticket.side_files))
+    return replace(bundle, tensors=tensors, metadata={**ordered, **metadata}, side_files=dict(ticket.side_files))
 
 
 def changes(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:

@@ -76,7 +76,7 @@ class Sides:
         """
         both: list[Place] = []
         missing, misshapen = [], []
-        voices = self.architecture.writes.get(layout.id, {})
+        voices = layout.written(self.architecture)
         for component in (c for c in self.components if c in voices):
             for targets in self.architecture.naming(component, voices[component].naming).values():
                 shape, other = self.base.shape(targets), self.tuned.shape(targets)

@@ -48,7 +48,7 @@ def spell(adapter: Adapter, to: str, *, drop_extras: bool = False) -> Spelled:
     """
     layout = check_writable(adapter, to)
     groups = regrouped(adapter, layout)
-    spoken = replace(adapter, modules=tuple(shaped(module) for module in groups.modules))
+    spoken = replace(adapter, modules=layout.ready([shaped(module) for module in groups.modules]))
     written = layout.write(spoken)
     extras = _place(adapter, layout, drop_extras)
     as_written = replace(spoken, layout=layout.id, extras=extras.in_file)

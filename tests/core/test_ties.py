@@ -155,4 +155,4 @@ def test_wan_fun_and_diffsynth(tmp_path: Path) -> None:
     assert (found(fun).best.architecture.id, found(fun).best.layout.id) == ("wan", "kohya")
     own = lora(architectures()["wan"], "comfyui", blocks_only)
     bare = Bundle({key.removeprefix("diffusion_model."): tensor for key, tensor in own.tensors.items()}, {})
-    assert (found(bare).best.architecture.id, found(bare).best.layout.id) == ("wan", "comfyui")
+    assert (found(bare).best.architecture.id, found(bare).best.layout.id) == ("wan", "native")
