@@ -53,6 +53,10 @@ class Cloneofsimo(Layout):
         match = _KEY.match(key)
         return None if match is None else (f"{match[1]}:{match[2]}", "lora", match[3])
 
+    def prefixes(self, architecture: Architecture) -> tuple[str, ...]:
+        """A list has none."""
+        return ("",) if super().prefixes(architecture) else ()
+
     def parse(self, keys: Sequence[str]) -> Parsed:
         """The stems of a list have its length in front: without it they say nothing."""
         parsed = super().parse(keys)
