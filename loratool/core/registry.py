@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loratool.core.architecture import Architecture
     from loratool.core.family import Family
+    from loratool.core.finding import Check
     from loratool.core.layout import Layout
     from loratool.core.method import Method
 
@@ -51,3 +52,9 @@ def families() -> Mapping[str, Family]:
 def methods() -> Mapping[str, Method]:
     """Every known way to merge by id. Imports torch."""
     return _discover("merging", "METHOD")
+
+
+@cache
+def checks() -> Mapping[str, Check]:
+    """Every group of findings by id."""
+    return _discover("checks", "CHECK")

@@ -12,7 +12,7 @@ from loratool.core.adapter import CONFIG, Bundle
 from loratool.core.errors import FormatError, LoratoolError
 from loratool.core.tensor import LazyTensor
 from loratool.files.atomic import atomic_write
-from loratool.files.safetensors import file_size, read_header, write_safetensors
+from loratool.files.safetensors import OpenFile, file_size, read_header, write_safetensors
 
 MODEL = "adapter_model.safetensors"
 PICKLES = (".pt", ".bin", ".ckpt", ".pth")
@@ -116,11 +116,17 @@ def _merged(place: Path, parts: Mapping[str, Path]) -> Bundle:
     return Bundle(tensors, metadata, sides, str(place), size)
 
 
+def side_file(path: Path) -> str | None:
+    """The text of a side file; None where there is none. Raises FormatError for what is no text or too large."""
+    return _read_text(path) if path.is_file() else None
+
+
 def _read_text(path: Path) -> str:
-    if path.stat().st_size > MAX_SIDE_FILE:
+    file = OpenFile(str(path))
+    if file.size > MAX_SIDE_FILE:
         raise FormatError(f"is larger than {MAX_SIDE_FILE >> 20} MiB", file=str(path))
     try:
-        return path.read_text(encoding="utf-8")
+        return file.pread(file.size, 0).decode("utf-8")
     except UnicodeDecodeError as error:
         raise FormatError("is not UTF-8 text", file=str(path)) from error
 

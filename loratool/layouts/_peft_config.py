@@ -16,6 +16,7 @@ from typing import Any
 from loratool.core.architecture import Architecture, Voice
 from loratool.core.errors import FormatError, NotRepresentable
 from loratool.core.module import Module
+from loratool.core.patterns import Bounded, Unsafe, names
 from loratool.core.tensor import LazyTensor
 
 _ADAPTER_NAME = re.compile(
@@ -58,29 +59,45 @@ def pattern(config: Mapping[str, Any], field: str) -> Mapping[str, float]:
 
 
 class Matcher:
-    """The first expression of a pattern that matches the end of a path, as PEFT looks it up."""
+    """The first expression of a pattern that matches the end of a path, as PEFT looks it up, in bounded time."""
 
     def __init__(self, patterns: Mapping[str, float]) -> None:
-        self._plain = {key: value for key, value in patterns.items() if re.fullmatch(r"[\w.-]+", key)}
-        self._compiled: list[tuple[str, re.Pattern[str], float]] = []
-        for key, value in patterns.items():
-            try:
-                self._compiled.append((key, re.compile(rf"(.*\.)?({key})$"), value))
-            except re.error as error:
-                raise FormatError(f"{key!r} is not a regular expression: {error}") from error
+        self._values = list(patterns.values())
+        self._whole: dict[str, int] = {}
+        self._ends: dict[str, int] = {}
+        self._others: list[tuple[int, Bounded]] = []
+        for index, key in enumerate(patterns):
+            listed = names(key)
+            for name in listed or ():
+                (self._whole if name.whole else self._ends).setdefault(name.text, index)
+            if listed is None:
+                self._others.append((index, _bounded(key)))
 
     def __call__(self, path: str, default: float) -> float:
         """The value for `path`."""
-        if path in self._plain and len(self._plain) == len(self._compiled):
-            # Full names are by far the commonest patterns: no need to try hundreds of expressions on each path,
-            # unless an earlier, shorter name is a suffix of it.
-            suffixes = [path[i + 1 :] for i, char in enumerate(path) if char == "."]
-            if not any(suffix in self._plain for suffix in suffixes):
-                return self._plain[path]
-        for _, compiled, value in self._compiled:
-            if compiled.match(path):
-                return value
-        return default
+        ends = [path, *(path[i + 1 :] for i, char in enumerate(path) if char == ".")]
+        found = [self._ends[end] for end in ends if end in self._ends]
+        if path in self._whole:
+            found.append(self._whole[path])
+        first = min(found, default=len(self._values))
+        for index, bounded in self._others:
+            if index > first:
+                break
+            if bounded.match(path):
+                first = index
+                break
+        return self._values[first] if first < len(self._values) else default
+
+
+def _bounded(key: str) -> Bounded:
+    try:
+        return Bounded(rf"(.*\.)?({key})$")
+    except re.error as error:
+        raise FormatError(f"{key[:80]!r} is not a regular expression: {error}") from error
+    except Unsafe as error:
+        raise FormatError(
+            f"{key[:80]!r} is an expression that is not run: {error}", hint="write the modules' names instead"
+        ) from error
 
 
 def alphas(config: Mapping[str, Any], modules: Sequence[tuple[str, Module]]) -> list[float | None]:
