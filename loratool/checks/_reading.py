@@ -11,7 +11,7 @@ from loratool.core.architecture import Architecture
 from loratool.core.detect import Detection, detect
 from loratool.core.errors import LoratoolError
 from loratool.core.identify import what_it_is
-from loratool.core.layout import ANY, Group, Layout
+from loratool.core.layout import ALPHA, Group, Layout
 from loratool.core.registry import families, layouts
 
 MOST_REFUSED = 40
@@ -22,11 +22,16 @@ def understood(bundle: Bundle, among: Sequence[Architecture] | None = None) -> R
     """How the keys of a bundle are understood. Never raises: what cannot be read is told in the reading."""
     if what_it_is(bundle) is not None:
         return Reading()
-    twice = _twice(bundle)
-    dropped = {key for key, _ in twice}
-    once = replace(bundle, tensors={key: t for key, t in bundle.tensors.items() if key not in dropped})
+    pairs = {layout.id: _twice(bundle, layout) for layout in layouts().values()}
+    twice = tuple(dict.fromkeys(pair for found in pairs.values() for pair in found))
     try:
+        once = _without(bundle, twice)
         found = detect(once, among)
+        if found is not None and twice:
+            # What is double in another layout only is put back.
+            twice = pairs[found.best.layout.id]
+            once = _without(bundle, twice)
+            found = detect(once, among, found.best.layout.id)
     except LoratoolError as raised:
         return Reading(twice=twice, error=raised)
     if found is None:
@@ -68,10 +73,27 @@ def problem_of(group: Group, bundle: Bundle) -> str | None:
         return "has no factors: only what belongs to them"
     if len(group.by_family) > 1:
         return f"one module of two families: {' and '.join(sorted(group.by_family))}"
+    alpha = _alpha_problem(group, bundle)
+    if alpha is not None:
+        return alpha
     ((family, roles),) = group.by_family.items()
     if family not in families():
         return None
     return families()[family].problem({role: bundle.tensors[key].shape for role, key in roles.items()})
+
+
+def _alpha_problem(group: Group, bundle: Bundle) -> str | None:
+    key = group.shared.get(ALPHA)
+    if key is None:
+        return None
+    tensor = bundle.tensors[key]
+    if tensor.numel != 1:
+        return f"alpha has shape {list(tensor.shape)}, expected one number"
+    try:
+        tensor.item()
+    except LoratoolError as error:
+        return f"alpha is no number: {error.message}"
+    return None
 
 
 def _whole(bundle: Bundle, found: Detection, broken: set[str]) -> Bundle:
@@ -98,21 +120,18 @@ def same_targets(
     return [taken.setdefault((target.component, target.path), stem) for target in spoken[0].targets]
 
 
-def _twice(bundle: Bundle) -> tuple[tuple[str, str], ...]:
-    """Pairs of keys that say the same in the layout that knows most keys: the later one, and the one before it."""
-    best: tuple[int, list[tuple[str, str]]] = (0, [])
-    for layout in layouts().values():
-        seen: dict[tuple[str, str, str], str] = {}
-        twice = []
-        for key in bundle.tensors:
-            parts = layout.split(key)
-            if parts is None:
-                continue
-            stem, family, role = parts
-            place = (stem, ANY if family == ANY else family, role)
-            other = seen.setdefault(place, key)
-            if other != key:
-                twice.append((key, other))
-        if len(seen) > best[0]:
-            best = len(seen), twice
-    return tuple(best[1])
+def _twice(bundle: Bundle, layout: Layout) -> tuple[tuple[str, str], ...]:
+    """Pairs of keys that say the same in a layout: the later one, and the one before it."""
+    seen: dict[tuple[str, str, str], str] = {}
+    found = []
+    for key in bundle.tensors:
+        parts = layout.split(key)
+        other = key if parts is None else seen.setdefault(parts, key)
+        if other != key:
+            found.append((key, other))
+    return tuple(found)
+
+
+def _without(bundle: Bundle, twice: Sequence[tuple[str, str]]) -> Bundle:
+    dropped = {key for key, _ in twice}
+    return replace(bundle, tensors={key: t for key, t in bundle.tensors.items() if key not in dropped})

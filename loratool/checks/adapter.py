@@ -142,6 +142,8 @@ def _problem(content: Content, group: Group, told: str | None) -> tuple[str, str
     if len(group.by_family) > 1:
         return "two-families", told or ""
     ((family, roles),) = group.by_family.items()
+    if told is not None and told.startswith("alpha"):
+        return "alpha-no-number", told
     shapes = {role: content.bundle.tensors[key].shape for role, key in roles.items()}
     if family not in families():
         missing = [role for role in _HALVES.get(family, ()) if role not in shapes]
@@ -311,11 +313,24 @@ def _sizes(content: Content, modules: tuple[Module, ...]) -> Iterator[Finding]:
         yield CHECK.finding("other-width", message, content.path, hint=hint)
         return
     for module in odd:
+        if _swapped(module):
+            key = module.keys["up"]
+            message = "up and down have changed places: swapped, they would fit"
+            yield CHECK.finding("transposed", message, content.path, key=key, byte=byte_of(content, key))
+            continue
         rows = sum(target.rows for target in module.targets)
         expected = [rows, *module.targets[0].shape[1:]]
         key = next(iter(module.keys.values()))
         message = f"updates a weight of {list(module.shape)}, {adapter.architecture.title} has {expected}"
         yield CHECK.finding("other-shape", message, content.path, key=key, byte=byte_of(content, key))
+
+
+def _swapped(module: Module) -> bool:
+    """Whether a pair would have the model's size if up and down changed places."""
+    shapes = module.shapes
+    if shapes.keys() != {"up", "down"} or any(len(shape) != 2 for shape in shapes.values()):
+        return False
+    return fits(module.targets, (shapes["down"][0], shapes["up"][1]))
 
 
 def _claims(content: Content, architecture: Architecture) -> Iterator[Finding]:

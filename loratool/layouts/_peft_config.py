@@ -26,6 +26,10 @@ FEW = 128
 """PEFT compiles every expression for every module: beyond what Python's cache of expressions holds (512, for two
 patterns), that takes a minute for a full SDXL file."""
 
+MOST_EXPRESSIONS = 256
+"""So many expressions that are no mere names are matched: each takes some milliseconds."""
+
+_DOTTED = re.compile(r"[\w.-]+")
 _BY_NAME = {"lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
 
 
@@ -65,12 +69,20 @@ class Matcher:
         self._values = list(patterns.values())
         self._whole: dict[str, int] = {}
         self._ends: dict[str, int] = {}
+        self._dotted: dict[str, list[tuple[int, str]]] = {}
         self._others: list[tuple[int, Bounded]] = []
         for index, key in enumerate(patterns):
+            if _DOTTED.fullmatch(key):
+                self._dotted.setdefault(key.rpartition(".")[2], []).append((index, key))
+                continue
             listed = names(key)
             for name in listed or ():
                 (self._whole if name.whole else self._ends).setdefault(name.text, index)
             if listed is None:
+                if len(self._others) >= MOST_EXPRESSIONS:
+                    raise FormatError(
+                        f"holds more than {MOST_EXPRESSIONS} expressions", hint="write the modules' names instead"
+                    )
                 self._others.append((index, _bounded(key)))
 
     def __call__(self, path: str, default: float) -> float:
@@ -79,6 +91,9 @@ class Matcher:
         found = [self._ends[end] for end in ends if end in self._ends]
         if path in self._whole:
             found.append(self._whole[path])
+        for end, keys in self._dotted.items():
+            if path.endswith(end):
+                found += [index for index, key in keys if _ends(path, key)]
         first = min(found, default=len(self._values))
         for index, bounded in self._others:
             if index > first:
@@ -87,6 +102,14 @@ class Matcher:
                 first = index
                 break
         return self._values[first] if first < len(self._values) else default
+
+
+def _ends(path: str, key: str) -> bool:
+    """Whether a name with unescaped dots, which stand for any character, matches the end of a path."""
+    start = len(path) - len(key)
+    if start < 0 or (start and path[start - 1] != "."):
+        return False
+    return all(wanted in (".", char) for wanted, char in zip(key, path[start:]))
 
 
 def _bounded(key: str) -> Bounded:

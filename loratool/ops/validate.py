@@ -54,10 +54,19 @@ def validate(path: str | os.PathLike[str], *, base: str | None = None, deep: boo
     executed, imported or run as an expression. Raises nothing for a bad file: that is what it tells.
     """
     try:
-        places = adapters_in(path)
+        places = [os.fspath(path)] if _sharded(Path(path)) else adapters_in(path)
     except (LoratoolError, OSError, ValueError) as error:
         return [_result(os.fspath(path), _unreadable(os.fspath(path), error), False, 0)]
     return [_validated(place, base, deep) for place in places]
+
+
+def _sharded(place: Path) -> bool:
+    """Whether a folder is a checkpoint's: it, or a folder in it, has an index."""
+    if not place.is_dir():
+        return False
+    entries = list(place.iterdir())
+    folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    return any(_INDEX in file.name for file in (*entries, *(file for folder in folders for file in folder.iterdir())))
 
 
 def _validated(path: str, base: str | None, deep: bool | None) -> Validated:
