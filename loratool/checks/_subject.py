@@ -116,8 +116,8 @@ class Misfit:
 class Content:
     """What one file, or the files of one adapter or checkpoint, hold. `deep`: numbers may be read.
 
-    `part` says that it is a part of a checkpoint: then nobody expects an adapter. `base` is the path of a base that
-    was named, `misfits` what does not fit it.
+    `part` says that it is a part of a checkpoint: then nobody expects an adapter. `many`: it has too many tensors for
+    its modules to be looked at. `base` is the path of a base that was named, `misfits` what does not fit it.
     """
 
     path: str
@@ -126,6 +126,7 @@ class Content:
     reading: Reading
     deep: bool = False
     part: bool = False
+    many: bool = False
     base: str | None = None
     misfits: tuple[Misfit, ...] = ()
     base_error: LoratoolError | None = None

@@ -27,6 +27,7 @@ _CODES = codes(
     Code("is-checkpoint", ERROR, "The file is a checkpoint, not a LoRA."),
     Code("is-vae", ERROR, "The file is a VAE, not a LoRA."),
     Code("is-embedding", ERROR, "The file is a textual inversion, not a LoRA."),
+    Code("too-many-tensors", WARNING, "More than 100,000 tensors: only the container and the numbers were looked at."),
     Code("no-adapter", ERROR, "No key is one of an adapter.", "it is no LoRA, or of a kind that is not known yet"),
     Code("cannot-be-read", ERROR, "The modules are whole, and still the adapter cannot be read."),
     Code("missing-half", ERROR, "A module lacks a factor.", _BROKEN),
@@ -75,6 +76,10 @@ _REFUSED = {
 
 def _run(content: Content) -> Iterator[Finding]:
     if content.part:
+        return
+    if content.many:
+        message = f"{len(content.bundle.tensors):,} tensors: the modules were not looked at"
+        yield CHECK.finding("too-many-tensors", message, content.path)
         return
     other = what_it_is(content.bundle)
     if other is not None:

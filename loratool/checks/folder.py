@@ -25,6 +25,9 @@ _LISTS = ("target_modules", "exclude_modules", "modules_to_save", "layers_patter
 _IMPORTS = ("auto_mapping", "megatron_core", "megatron_config", "trust_remote_code", "custom_modules", "_target_")
 """Fields by which PEFT, or programs around it, find Python code to import."""
 
+MOST_PATTERNS = 2000
+"""Patterns of one field that are run: each takes about a millisecond."""
+
 _AGAIN = "download the folder again"
 _DISTRUST = "do not use this folder: it leads elsewhere"
 
@@ -124,7 +127,11 @@ def _matches(folder: Folder, prefix: str, config: Mapping[str, Any], path: str) 
     """Every pattern of the config against the names of the modules that are there."""
     ranks = _ranks(folder.adapter, prefix) if folder.adapter is not None else {}
     for field in _PATTERNS:
-        for key in _numbers(config.get(field)):
+        keys = list(_numbers(config.get(field)))
+        if len(keys) > MOST_PATTERNS:
+            message = f"{field} has {len(keys):,} patterns: those behind the first {MOST_PATTERNS} were not run"
+            yield CHECK.finding("pattern-unsafe", message, path, key=field)
+        for key in keys[:MOST_PATTERNS]:
             yield from _pattern(field, rf"(.*\.)?({key})$", key, ranks, path)
     for field in ("target_modules", "exclude_modules", "layers_pattern"):
         value = config.get(field)

@@ -126,9 +126,17 @@ class Bounded:
         self._rounds += least if most == _sre.MAXREPEAT else most
         if self._rounds > MOST_STATES:
             raise Unsafe("it is too large")
-        for _ in range(least):
+        endless = most == _sre.MAXREPEAT
+        # The last one that must be there is the one that repeats: copies of nested ones would double each time.
+        for _ in range(least - 1 if endless else least):
             state = self._build(parts, state)
-        if most == _sre.MAXREPEAT:
+        if endless and least:
+            begin = self._state()
+            self.jumps[state].append(("", begin))
+            end = self._build(parts, begin)
+            self.jumps[end].append(("", begin))
+            return end
+        if endless:
             begin = self._state()
             self.jumps[state].append(("", begin))
             end = self._build(parts, begin)

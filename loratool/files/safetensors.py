@@ -66,6 +66,25 @@ def _read_header(path: str | os.PathLike[str]) -> Header:
     return Header(_tensors(found, file, begin), found.metadata, begin, file.size)
 
 
+def check_quick(path: str | os.PathLike[str], header_bytes: int, tensors: int) -> None:
+    """Raises FormatError for a file whose header is too large to be read at once: in bytes, or in tensors.
+
+    What is no safetensors file passes: reading it will say so.
+    """
+    file = OpenFile(os.fspath(path))
+    head = file.pread(min(file.size, HEAD), 0)
+    length = int.from_bytes(head[:_LENGTH], "little")
+    if kind_of(head, file.size) is not None or length > file.size - _LENGTH:
+        return
+    hint = "`loratool validate` looks at files of any size"
+    if length > header_bytes:
+        raise FormatError(f"has a header of {length:,} bytes, at most {header_bytes:,} are shown", hint=hint)
+    # Every tensor takes some 60 bytes of it.
+    count = file.pread(length, _LENGTH).count(b'"data_offsets"') if length > 60 * tensors else 0
+    if count > tensors:
+        raise FormatError(f"holds {count:,} tensors, at most {tensors:,} are shown", hint=hint)
+
+
 class OpenFile:
     """An open regular file. The descriptor `fd` lives as long as somebody refers to this object."""
 

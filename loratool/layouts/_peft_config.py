@@ -49,9 +49,16 @@ def number(config: Mapping[str, Any], field: str) -> float | None:
     value = config.get(field)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
         raise FormatError(f"{field} is {value!r}, expected a number", key=field)
     return float(value)
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def pattern(config: Mapping[str, Any], field: str) -> Mapping[str, float]:

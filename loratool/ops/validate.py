@@ -24,6 +24,9 @@ DEEP_UP_TO = 1 << 30
 MOST_OF_ONE = 500
 """So many findings of one code are kept for a file; the others are counted."""
 
+MOST_TENSORS = 100_000
+"""Of files with more tensors, modules are not looked at."""
+
 _INDEX = ".safetensors.index"
 
 
@@ -167,12 +170,12 @@ def _content(
         return None
     size = sum(file.handle.size for _, file in files)
     bundle = Bundle(tensors, metadata, dict(sides), path, size)
-    if part:
-        return Content(path, tuple(usable), bundle, Reading(), deep, part)
+    if part or len(tensors) > MOST_TENSORS:
+        return Content(path, tuple(usable), bundle, Reading(), deep, part, many=not part)
     if base is None:
         return Content(path, tuple(usable), bundle, understood(bundle), deep)
     fit = against(base, bundle)
-    return Content(path, tuple(usable), bundle, fit.reading, deep, False, base, fit.misfits, fit.error)
+    return Content(path, tuple(usable), bundle, fit.reading, deep, False, False, base, fit.misfits, fit.error)
 
 
 class _Folder:

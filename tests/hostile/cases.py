@@ -4,6 +4,8 @@
 "" where it must read the file, None where it may do either.
 """
 
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import random
@@ -342,7 +344,7 @@ ADAPTER = [
     Case("up with a kernel", lambda: file(lora(up=tensor("F16", (320, 4, 3, 3)))), "broken-module", "kernel of 1x1"),
     Case("two kinds in one", lambda: file({**lora(), f"{UNET}q.lokr_w1": tensor("F16", (8, 8))}), "two-families", "two families"),
     Case("spelled twice", lambda: file(twice(UNET + "q")), "spelled-twice", "spelled twice"),
-    Case("spelled twice, dotted", lambda: file({**lora(), **{f"{UNET}q_lora.{k}.weight": tensor("F16", s) for k, s in (("up", (320, 4)), ("down", (4, 320)))}}), "spelled-twice", "twice"),
+    Case("spelled twice, dotted", lambda: file({**lora(), **{f"{UNET}q_lora.{k}.weight": tensor("F16", s) for k, s in (("up", (320, 4)), ("down", (4, 320)))}}), "spelled-twice"),
     Case("magnitude of no size", lambda: file(dora((7, 1))), "bad-magnitude", "DoRA magnitude"),
     Case("magnitude a scalar", lambda: file(dora(())), "bad-magnitude", "DoRA magnitude"),
     Case("clean DoRA", lambda: file(dora((320, 1))), "", ""),
