@@ -28,12 +28,18 @@ LEVELS = (
 )
 """Who may import whom: a folder itself and every level before its own."""
 
-PLUGINS = {"architectures": "ARCHITECTURE", "layouts": "LAYOUT", "families": "FAMILY", "merging": "METHOD"}
-PLUGIN_FOLDERS = frozenset({*PLUGINS, "checks"})
+PLUGINS = {
+    "architectures": "ARCHITECTURE",
+    "layouts": "LAYOUT",
+    "families": "FAMILY",
+    "merging": "METHOD",
+    "checks": "CHECK",
+}
+PLUGIN_FOLDERS = frozenset(PLUGINS)
 TENSOR_LIBRARIES = frozenset({"torch", "numpy"})
 TENSOR_FOLDERS = frozenset({"ops", "merging"})
-HEADER_ONLY = ("ops/open.py", "ops/inspect.py")
-"""What `loratool info` runs: no tensor library at all."""
+HEADER_ONLY = ("ops/open.py", "ops/inspect.py", "ops/validate.py", "ops/against.py")
+"""What `loratool info` and `validate` run: no tensor library at all."""
 
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 
@@ -179,6 +185,7 @@ def test_a_plugin_is_one_object_in_a_file_of_its_name(folder: str) -> None:
         "layouts": registry.layouts,
         "families": registry.families,
         "merging": registry.methods,
+        "checks": registry.checks,
     }
     found = {}
     for path in plugin_files(folder):
@@ -285,6 +292,16 @@ def test_info_loads_no_tensor_library(tmp_path: Path, options: list[str]) -> Non
     code = f"from loratool.cli.main import app\napp(['info', {str(file)!r}, *{options!r}], standalone_mode=False)"
     loaded = loaded_by(code)
     assert "loratool.ops.inspect" in loaded
+    assert not loaded & (TENSOR_LIBRARIES | {"safetensors"})
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--sarif"], ["--deep", "--all"]], ids=" ".join)
+def test_validate_loads_no_tensor_library(tmp_path: Path, options: list[str]) -> None:
+    file = write_file(tmp_path / "a.safetensors", build(typical_parts("sdxl", "kohya", alpha=2.0), "kohya"))
+    words = ["validate", str(file), "--base", str(file), *options]
+    code = f"from loratool.cli.main import app\ntry: app({words!r}, standalone_mode=False)\nexcept BaseException: pass"
+    loaded = loaded_by(code)
+    assert {"loratool.ops.validate", "loratool.ops.against", "loratool.report.validate"} <= loaded
     assert not loaded & (TENSOR_LIBRARIES | {"safetensors"})
 
 

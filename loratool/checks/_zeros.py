@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loratool.checks._subject import File
+from loratool.files.look import File
 
 LEAST = 4096
 """A block of a disk: fewer zeros are none that a download leaves."""

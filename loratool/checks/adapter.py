@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from loratool.checks._subject import Content
 from loratool.core.architecture import Architecture
 from loratool.core.errors import few
 from loratool.core.finding import ERROR, NOTE, WARNING, Check, Code, Finding, codes
@@ -15,6 +14,7 @@ from loratool.core.identify import what_it_is
 from loratool.core.layout import ALPHA, Group, fits
 from loratool.core.module import Module
 from loratool.core.registry import architectures, families, layouts
+from loratool.files.subjects import Content, byte_of
 
 _HUGE, _TINY = 100.0, 1e-4
 """Scales (alpha / rank) beyond which nobody trains."""
@@ -111,16 +111,6 @@ def _run(content: Content) -> Iterator[Finding]:
         yield from _sizes(content, reading.adapter.modules)
         yield from _claims(content, reading.adapter.architecture)
     yield from _base(content)
-
-
-def byte_of(content: Content, key: str | None) -> int | None:
-    """At which byte of its file the header names a key; None where no file has it."""
-    for file in content.files:
-        if file.scan is not None and key is not None:
-            entry = file.scan.entries.get(key) or file.scan.entries.get(key.rpartition("/")[2])
-            if entry is not None:
-                return entry.byte
-    return None
 
 
 # ---------------------------------------------------------------- modules
@@ -244,7 +234,7 @@ def _stranger(content: Content, stem: str, architecture: Architecture) -> tuple[
 
 def _updated_twice(content: Content, stem: str, taken: dict[tuple[str, str], str]) -> Iterator[Finding]:
     """Two stems that update the same weight."""
-    from loratool.checks._reading import same_targets
+    from loratool.core.tolerant import same_targets
 
     assert content.reading.detection is not None
     best = content.reading.detection.best

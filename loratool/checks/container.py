@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from loratool.checks._subject import File
 from loratool.checks._zeros import zero_tail
 from loratool.core.finding import ERROR, NOTE, WARNING, Check, Code, Finding, codes
 from loratool.core.tensor import DTYPES
 from loratool.files.header import DAMAGED, DOWNLOAD, LENGTH, METADATA
+from loratool.files.look import File
 
 _ALIGNMENT = 8
 HIDDEN = 5

@@ -10,14 +10,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from loratool.checks._subject import Folder, special
 from loratool.core.adapter import CONFIG, Adapter
 from loratool.core.errors import LoratoolError, few
 from loratool.core.finding import ERROR, NOTE, WARNING, Check, Code, Finding, codes
 from loratool.core.patterns import Bounded, Unsafe, explosive, names
 from loratool.files.bundle import MAX_SIDE_FILE
 from loratool.files.checkpoint import MAX_INDEX
+from loratool.files.look import special
 from loratool.files.safetensors import OpenFile
+from loratool.files.subjects import Folder
 from loratool.layouts._peft_config import Matcher, path_of
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from loratool.checks._subject import File
 from loratool.core.finding import ERROR, Check, Code, Finding, codes
+from loratool.files.look import File
 
 IN_CONTAINER = frozenset({"bom", "header-start", "header-length", "too-short"})
 """Kinds that are broken safetensors files: `container` tells of them."""

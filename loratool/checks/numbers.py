@@ -7,13 +7,13 @@ import hmac
 import math
 from collections.abc import Iterator, Mapping
 
-from loratool.checks._subject import Content, File
 from loratool.checks._values import FLOATS, FP16_OVERFLOW, Seen, largest, numbers, seen
-from loratool.checks.adapter import byte_of
 from loratool.core.finding import ERROR, NOTE, WARNING, Check, Code, Finding, codes
 from loratool.core.module import Module
 from loratool.core.tensor import DTYPES, LazyTensor
+from loratool.files.look import File
 from loratool.files.safetensors import MODEL_HASH, FileRange
+from loratool.files.subjects import Content, byte_of
 
 DEEP_UP_TO = 1 << 30
 """Bytes up to which numbers are read without being asked to."""

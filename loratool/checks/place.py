@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 
-from loratool.checks._subject import Place, special
 from loratool.core.finding import ERROR, Check, Code, Finding, codes
+from loratool.files.look import special
+from loratool.files.subjects import Place
 
 _CODES = codes(
     Code("not-found", ERROR, "There is no such file.", "check the path"),

@@ -13,7 +13,8 @@ from loratool.ops.base import model_of
 from loratool.ops.weights import BaseWeights, check_model, weights_in
 
 if TYPE_CHECKING:
-    from loratool.checks._subject import Misfit, Reading
+    from loratool.core.tolerant import Reading
+    from loratool.files.subjects import Misfit
 
 _NEAR = 8
 """So many modules that are missing are compared with all names of the checkpoint."""
@@ -30,7 +31,7 @@ class Fit:
 
 def against(base: str, bundle: Bundle) -> Fit:
     """Reads an adapter as one for the model in the checkpoint at `base`. Headers only; never raises for a bad base."""
-    from loratool.checks._reading import understood
+    from loratool.core.tolerant import understood
 
     reading = understood(bundle)
     try:
@@ -49,7 +50,7 @@ def against(base: str, bundle: Bundle) -> Fit:
 
 
 def _misfits(checkpoint: CheckpointFiles, adapter: Adapter) -> tuple[Misfit, ...]:
-    from loratool.checks._subject import Misfit
+    from loratool.files.subjects import Misfit
 
     weights = weights_in(checkpoint.path, checkpoint.components, adapter)
     missing = {id(module) for module in weights.missing(adapter.modules)}

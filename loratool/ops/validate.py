@@ -16,7 +16,8 @@ from loratool.core.tensor import LazyTensor
 from loratool.files.bundle import MODEL, adapters_in, is_component_folder, side_file
 
 if TYPE_CHECKING:
-    from loratool.checks._subject import Content, File
+    from loratool.files.look import File
+    from loratool.files.subjects import Content
 
 DEEP_UP_TO = 1 << 30
 """Bytes up to which numbers are read without being asked to."""
@@ -82,7 +83,7 @@ def _validated(path: str, base: str | None, deep: bool | None) -> Validated:
 
 
 def _unreadable(path: str, error: Exception) -> Iterator[Finding]:
-    from loratool.checks._subject import Place
+    from loratool.files.subjects import Place
 
     if isinstance(error, LoratoolError):
         told = error
@@ -116,7 +117,8 @@ def _result(path: str, findings: Iterable[Finding], deep: bool, size: int) -> Va
 
 def _file(path: str, base: str | None, deep: bool | None) -> Validated:
     """One file, with the config beside it if it is PEFT's."""
-    from loratool.checks._subject import Folder, look
+    from loratool.files.look import look
+    from loratool.files.subjects import Folder
 
     place = Path(path)
     file = look(path)
@@ -156,8 +158,8 @@ def _content(
     part: bool = False,
 ) -> Content | None:
     """What the files hold; None if nothing in them can be used."""
-    from loratool.checks._reading import understood
-    from loratool.checks._subject import Content, Reading
+    from loratool.core.tolerant import Reading, understood
+    from loratool.files.subjects import Content
     from loratool.ops.against import against
 
     tensors: dict[str, LazyTensor] = {}
@@ -214,7 +216,7 @@ class _Folder:
                 yield sorted(file for file in entry.iterdir() if not file.is_dir())
 
     def _look(self, path: str) -> File | None:
-        from loratool.checks._subject import look
+        from loratool.files.look import look
 
         try:
             file = look(path)
@@ -228,7 +230,7 @@ class _Folder:
         return file
 
     def _peft(self, configs: Mapping[str, str]) -> Validated:
-        from loratool.checks._subject import Folder
+        from loratool.files.subjects import Folder
 
         looked = [(prefix, self._look(str(Path(path).with_name(MODEL)))) for prefix, path in configs.items()]
         files = [(prefix, file) for prefix, file in looked if file is not None]
@@ -241,7 +243,8 @@ class _Folder:
         return _result(self.path, self.findings, deep and content is not None, self.size)
 
     def _checkpoint(self, place: Path, indices: Sequence[str]) -> Validated:
-        from loratool.checks._subject import Folder, special
+        from loratool.files.look import special
+        from loratool.files.subjects import Folder
 
         files = [file for folder in self._folders(place) for file in folder if file.suffix == ".safetensors"]
         looked = [self._look(str(file)) for file in files if special(str(file)) is None]

@@ -83,7 +83,7 @@ def pair(
 
 
 def lora(dtype: str = "F16", rank: int = 4, **changed: Tensor | None) -> dict[str, Tensor]:
-    """Four modules of Stable Diffusion 1.x. `changed`: key of the first module's part (`up`, `down`, `alpha`) -> another
+    """Four modules of Stable Diffusion 1.x. `changed`: part of the first one (`up`, `down`, `alpha`) -> another
     tensor, or None to leave it out."""
     found: dict[str, Tensor] = {}
     for part in PARTS:

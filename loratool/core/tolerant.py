@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from loratool.checks._subject import Reading
 from loratool.core.adapter import Adapter, Bundle
 from loratool.core.architecture import Architecture
 from loratool.core.detect import Detection, detect
@@ -16,6 +15,25 @@ from loratool.core.registry import families, layouts
 
 MOST_REFUSED = 40
 """So many modules that reading refuses are left out one by one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """How keys are understood, however broken the modules are.
+
+    `groups` has every stem that the layout knows, `unknown` the keys that it does not, `twice` pairs of keys that say
+    the same, `problems` what is wrong with a module, `refused` what else reading says of one. `adapter` holds the
+    modules that are whole; `error` says why there is none.
+    """
+
+    detection: Detection | None = None
+    groups: Mapping[str, Group] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+    twice: tuple[tuple[str, str], ...] = ()
+    problems: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, LoratoolError] = field(default_factory=dict)
+    adapter: Adapter | None = None
+    error: LoratoolError | None = None
 
 
 def understood(bundle: Bundle, among: Sequence[Architecture] | None = None) -> Reading:
