@@ -15,9 +15,6 @@ from loratool.files.look import File
 from loratool.files.safetensors import MODEL_HASH, FileRange
 from loratool.files.subjects import Content, byte_of
 
-DEEP_UP_TO = 1 << 30
-"""Bytes up to which numbers are read without being asked to."""
-
 _SPEC_HASH = "modelspec.hash_sha256"
 _EXACT = 8
 """So many modules whose update may overflow are computed; for the others the bound is told."""
@@ -39,7 +36,7 @@ _CODES = codes(
 def _run(content: Content) -> Iterator[Finding]:
     if not content.deep:
         size = sum(file.handle.size for file in content.files)
-        if size > DEEP_UP_TO:
+        if content.skipped:
             message = f"the numbers were not read: {size / (1 << 30):.1f} GiB"
             yield CHECK.finding("numbers-skipped", message, content.path)
         return

@@ -22,7 +22,8 @@ class Misfit:
 
 @dataclass(frozen=True, eq=False)
 class Content:
-    """What one file, or the files of one adapter or checkpoint, hold. `deep`: numbers may be read.
+    """What one file, or the files of one adapter or checkpoint, hold. `deep`: numbers are read; `skipped`: they
+    are not, because they are too many.
 
     `part` says that it is a part of a checkpoint: then nobody expects an adapter. `many`: it has too many tensors for
     its modules to be looked at. `base` is the path of a base that was named, `misfits` what does not fit it.
@@ -33,6 +34,7 @@ class Content:
     bundle: Bundle
     reading: Reading
     deep: bool = False
+    skipped: bool = False
     part: bool = False
     many: bool = False
     base: str | None = None

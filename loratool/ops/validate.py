@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,18 +122,23 @@ def _file(path: str, base: str | None, deep: bool | None) -> Validated:
 
     place = Path(path)
     file = look(path)
-    deep = file.handle.size <= DEEP_UP_TO if deep is None else deep
+    depth = _depth(deep, file.handle.size)
     config = place.with_name(CONFIG)
     beside = place.name == MODEL
     sides = _sides({"": str(config)}) if beside else {}
-    content = _content(path, (("", file),), sides, base, deep)
+    content = _content(path, (("", file),), sides, base, depth)
     findings = [*_run("file", file)]
     if content is not None:
         findings += _run("content", content)
     if beside:
         adapter = content.reading.adapter if content is not None else None
         findings += _run("folder", Folder(str(place.parent), {"": str(config)}, adapter=adapter))
-    return _result(path, findings, deep and content is not None, file.handle.size)
+    return _result(path, findings, depth is True and content is not None, file.handle.size)
+
+
+def _depth(asked: bool | None, size: int) -> bool | None:
+    """Whether numbers are read; None where nobody asked, and they are too many."""
+    return asked if asked is not None else True if size <= DEEP_UP_TO else None
 
 
 def _sides(configs: Mapping[str, str]) -> dict[str, str]:
@@ -154,10 +159,10 @@ def _content(
     files: Sequence[tuple[str, File]],
     sides: Mapping[str, str],
     base: str | None,
-    deep: bool,
+    depth: bool | None,
     part: bool = False,
 ) -> Content | None:
-    """What the files hold; None if nothing in them can be used."""
+    """What the files hold; None if nothing in them can be used. `depth` is None where there are too many numbers."""
     from loratool.core.tolerant import Reading, understood
     from loratool.files.subjects import Content
     from loratool.ops.against import against
@@ -173,11 +178,12 @@ def _content(
     size = sum(file.handle.size for _, file in files)
     bundle = Bundle(tensors, metadata, dict(sides), path, size)
     if part or len(tensors) > MOST_TENSORS:
-        return Content(path, tuple(usable), bundle, Reading(), deep, part, many=not part)
+        return Content(path, tuple(usable), bundle, Reading(), depth is True, depth is None, part, many=not part)
+    plain = Content(path, tuple(usable), bundle, Reading(), depth is True, depth is None)
     if base is None:
-        return Content(path, tuple(usable), bundle, understood(bundle), deep)
+        return replace(plain, reading=understood(bundle))
     fit = against(base, bundle)
-    return Content(path, tuple(usable), bundle, fit.reading, deep, False, False, base, fit.misfits, fit.error)
+    return replace(plain, reading=fit.reading, base=base, misfits=fit.misfits, base_error=fit.error)
 
 
 class _Folder:
@@ -234,13 +240,13 @@ class _Folder:
 
         looked = [(prefix, self._look(str(Path(path).with_name(MODEL)))) for prefix, path in configs.items()]
         files = [(prefix, file) for prefix, file in looked if file is not None]
-        deep = self.size <= DEEP_UP_TO if self.deep is None else self.deep
-        content = _content(self.path, files, _sides(configs), self.base, deep)
+        depth = _depth(self.deep, self.size)
+        content = _content(self.path, files, _sides(configs), self.base, depth)
         if content is not None:
             self.findings += _run("content", content)
         adapter = content.reading.adapter if content is not None else None
         self.findings += _run("folder", Folder(self.path, configs, adapter=adapter))
-        return _result(self.path, self.findings, deep and content is not None, self.size)
+        return _result(self.path, self.findings, depth is True and content is not None, self.size)
 
     def _checkpoint(self, place: Path, indices: Sequence[str]) -> Validated:
         from loratool.files.look import special
@@ -248,12 +254,12 @@ class _Folder:
 
         files = [file for folder in self._folders(place) for file in folder if file.suffix == ".safetensors"]
         looked = [self._look(str(file)) for file in files if special(str(file)) is None]
-        deep = self.size <= DEEP_UP_TO if self.deep is None else self.deep
+        depth = _depth(self.deep, self.size)
         read = False
         for file in looked:
-            content = None if file is None else _content(file.path, [("", file)], {}, None, deep, part=True)
+            content = None if file is None else _content(file.path, [("", file)], {}, None, depth, part=True)
             if content is not None:
-                read = deep
+                read = depth is True
                 self.findings += _run("content", content)
         self.findings += _run("folder", Folder(self.path, {}, tuple(indices), self.keys))
         return _result(self.path, self.findings, read, self.size)

@@ -24,6 +24,9 @@ LIMIT = 64 * 1024
 WIDTH = 80
 
 _OF_ONE = 5
+_FRAME = 400
+"""Characters of a result without findings."""
+
 _MESSAGE, _KEY = 400, 120
 _STYLES = {ERROR: "bold red", WARNING: "yellow", NOTE: "dim"}
 _SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
@@ -37,8 +40,12 @@ def show(results: Sequence[Validated], console: Console, everything: bool = Fals
     """The findings of each file by code, the worst first; at most 64 KiB unless `everything` is asked for."""
     from rich.text import Text
 
-    printed, left = 0, 0
+    printed, left, files = 0, 0, 0
     for result in results:
+        if not everything and printed > LIMIT - 4096:
+            files += 1
+            continue
+        printed += 120
         console.print(Text(f"{inert(Path(result.path).name or result.path, 60)}  ", style="bold") + _verdict(result))
         for lines, style in _groups(result, everything):
             length = sum(len(line) + 1 for line in lines)
@@ -50,6 +57,8 @@ def show(results: Sequence[Validated], console: Console, everything: bool = Fals
                 _line(line, style if not number else "", console)
     if left:
         console.print(Text(f"{left} more kinds of findings are not shown; --all shows them", style="dim"))
+    if files:
+        console.print(Text(f"{files} more files are not shown; --all shows them", style="dim"))
     if len(results) > 1:
         console.print(Text(_total(results), style="dim"))
 
@@ -123,7 +132,7 @@ def _total(results: Sequence[Validated]) -> str:
 
 def as_json(results: Sequence[Validated], everything: bool = False) -> list[dict[str, Any]]:
     """The documented schema of `--json` (docs/json.md); at most 64 KiB of findings unless `everything` is asked for."""
-    room = LIMIT - 4096
+    room = LIMIT - 1024 - sum(len(json.dumps(result.path)) + _FRAME for result in results)
     data = []
     for result in results:
         kept, more = [], dict(result.more)
