@@ -18,7 +18,7 @@ from loratool.core.registry import checks
 from tests.hostile.bytes import file, lora
 from tests.hostile.cases import FILES, Case
 from tests.hostile.make_findings import WITHOUT_CASE
-from tests.hostile.places import PLACES
+from tests.hostile.places import PLACES, SHARDS
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
 
@@ -102,8 +102,8 @@ def test_hostile(tmp_path: Path, run: Run, case: Case) -> None:
     check_limits("info", said)
     check_found(case, told)
     check_said(case, said)
-    # What `info` refuses, `validate` calls an error; but for what is merely too much to show at once.
-    assert said["code"] <= told["code"] or "are shown" in said["err"]
+    # What `info` refuses, `validate` calls an error; but for checkpoints, and what is too much to show.
+    assert said["code"] <= told["code"] or "are shown" in said["err"] or case in SHARDS
     assert not before or sorted(tmp_path.rglob("*")) == before  # nothing was written
 
 
