@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from loratool.core.tensor import DTYPES
 
@@ -48,8 +48,7 @@ class Fault:
     hint: str = DAMAGED
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """What the header says of one tensor. `start` and `stop` count from the first byte of the data."""
 
     dtype: str
@@ -218,14 +217,16 @@ class _Reader:
         entry = self.measured(key, byte, dtype, shape, start, stop, match.start(3) - 1)
         self.note(key, byte, entry)
         self.at = match.end() + 1
-        self.next_byte()
+        if self.raw[self.at : self.at + 1] != b'"':
+            self.next_byte()
         return True
 
     def note(self, key: str, byte: int, entry: Entry | None) -> None:
-        if key in self.found.entries or key in self.lost:
+        entries = self.found.entries
+        if key in entries or key in self.lost:
             self.fault("duplicate-key", byte, "stands twice in the header", key)
         elif entry is not None:
-            self.found.entries[key] = entry
+            entries[key] = entry
         else:
             self.lost.add(key)
 
@@ -261,7 +262,8 @@ class _Reader:
             self.fault("duplicate-field", self.at, "stands twice in the header", name)
         self.found.metadata.setdefault(name, self.decoded(match.start(2), match.end(2)))
         self.at = match.end() + 1
-        self.next_byte()
+        if self.raw[self.at : self.at + 1] != b'"':
+            self.next_byte()
         return True
 
     # -- one tensor
