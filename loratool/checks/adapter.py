@@ -45,7 +45,12 @@ _CODES = codes(
     Code("alpha-negative", WARNING, "An alpha is negative: the update is subtracted.", _ALPHA),
     Code("alpha-absurd", WARNING, "alpha / rank is above 100 or below 0.0001.", _ALPHA),
     Code("alpha-missing", WARNING, "Some modules have an alpha and others do not: those are taken at full strength."),
-    Code("mixed-dtypes", NOTE, "Factors have different dtypes (within one module, a warning).", "`loratool convert --dtype` makes them one"),
+    Code(
+        "mixed-dtypes",
+        NOTE,
+        "Factors have different dtypes (a warning within one module).",
+        "convert --dtype makes them one",
+    ),
     Code("mixed-layouts", WARNING, "Some keys are in another layout than the others: most programs drop them."),
     Code("unknown-module", WARNING, "A module has a name that the model does not have: programs skip it."),
     Code("unread-key", WARNING, "A key has an ending that no program writes: it is skipped."),
