@@ -20,6 +20,7 @@ _EXACT = 8
 """So many modules whose update may overflow are computed; for the others the bound is told."""
 
 _MOST_VALUES = 1 << 22
+_PRODUCTS = frozenset({"lora", "loha", "lokr", "diff"})
 _RETRAIN = "the training went wrong: use an earlier file"
 
 _CODES = codes(
@@ -93,7 +94,9 @@ def _zero(found: Mapping[str, Seen], key: str) -> bool:
 
 
 def _is_zero(module: Module, found: Mapping[str, Seen]) -> bool:
-    """Every family is a product of its factors (a bias is added): one that is zero makes it zero."""
+    """Whether a factor that is zero makes the update zero: where it is a product of its factors (a bias is added)."""
+    if module.family.id not in _PRODUCTS:
+        return False
     keys = [module.keys.get(role, "") for role in module.factors if role != "bias"]
     return "bias" not in module.factors and any(_zero(found, key) for key in keys)
 
