@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from loratool.ops.resize_file import resize_file
     from loratool.ops.save import save
     from loratool.ops.unbake_file import unbake_file
+    from loratool.ops.validate import validate
 
 _HOME = {
     "Adapter": "loratool.core.adapter",
@@ -44,6 +45,7 @@ _HOME = {
     "resize_file": "loratool.ops.resize_file",
     "save": "loratool.ops.save",
     "unbake_file": "loratool.ops.unbake_file",
+    "validate": "loratool.ops.validate",
 }
 
 __all__ = [
@@ -63,6 +65,7 @@ __all__ = [
     "resize_file",
     "save",
     "unbake_file",
+    "validate",
 ]
 
 

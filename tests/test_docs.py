@@ -44,6 +44,7 @@ from loratool.ops.resize_file import resize_file
 from loratool.ops.save import Proof
 from loratool.ops.summary import Summary
 from loratool.ops.unbake_file import unbake_file
+from loratool.ops.validate import validate
 from loratool.report import bake as bake_report
 from loratool.report import bases as bases_report
 from loratool.report import blocks as blocks_report
@@ -56,6 +57,7 @@ from loratool.report import methods as methods_report
 from loratool.report import replay as replay_report
 from loratool.report import resize as resize_report
 from loratool.report import unbake as unbake_report
+from loratool.report import validate as validate_report
 from tests.bakes import KEYS, K, Q, kohya, noise, save
 from tests.builders import build, typical_parts, write_file
 from tests.checkpoints import sparse_checkpoint
@@ -145,6 +147,7 @@ def test_json_fields(file: Path, tmp_path: Path) -> None:
         "tags": info["tags"][0],
         "module_list": info["module_list"][0],
         "A file that cannot be read": ("path", "error"),
+        **validate_fields(file, tmp_path),
         "loratool convert --json": report,
         "loratool convert without --to": [field.name for field in fields(Resaved)],
         "approximated": [field.name for field in fields(Approximated)],
@@ -175,6 +178,14 @@ def check_fields(file: Path) -> dict[str, Any]:
         "check: remedy": told["remedy"],
         "check: module_list": told["module_list"][0],
     }
+
+
+def validate_fields(file: Path, tmp_path: Path) -> dict[str, Any]:
+    """The fields of what `validate` tells, by their sections."""
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(file.read_bytes()[:-1])
+    (told,) = validate_report.as_json(validate(broken))
+    return {"loratool validate --json": told, "findings": told["findings"][0]}
 
 
 def bake_fields(tmp_path: Path) -> dict[str, Any]:

@@ -35,12 +35,20 @@ PLUGINS = {
     "families": "FAMILY",
     "merging": "METHOD",
     "programs": "PROGRAM",
+    "checks": "CHECK",
 }
-PLUGIN_FOLDERS = frozenset({*PLUGINS, "checks"})
+PLUGIN_FOLDERS = frozenset(PLUGINS)
 TENSOR_LIBRARIES = frozenset({"torch", "numpy"})
 TENSOR_FOLDERS = frozenset({"ops", "merging"})
-HEADER_ONLY = ("ops/open.py", "ops/inspect.py", "ops/conformance.py", "ops/check.py")
-"""What `loratool info` and `loratool check` run: no tensor library at all."""
+HEADER_ONLY = (
+    "ops/open.py",
+    "ops/inspect.py",
+    "ops/conformance.py",
+    "ops/check.py",
+    "ops/validate.py",
+    "ops/against.py",
+)
+"""What `loratool info`, `check` and `validate` run: no tensor library at all."""
 
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 
@@ -187,6 +195,7 @@ def test_a_plugin_is_one_object_in_a_file_of_its_name(folder: str) -> None:
         "families": registry.families,
         "merging": registry.methods,
         "programs": registry.programs,
+        "checks": registry.checks,
     }
     found = {}
     for path in plugin_files(folder):
@@ -310,6 +319,16 @@ def test_check_loads_no_tensor_library(architecture: str, layout: str, tmp_path:
     )
     loaded = loaded_by(code)
     assert "loratool.report.check" in loaded
+    assert not loaded & (TENSOR_LIBRARIES | {"safetensors"})
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--sarif"], ["--deep", "--all"]], ids=" ".join)
+def test_validate_loads_no_tensor_library(tmp_path: Path, options: list[str]) -> None:
+    file = write_file(tmp_path / "a.safetensors", build(typical_parts("sdxl", "kohya", alpha=2.0), "kohya"))
+    words = ["validate", str(file), "--base", str(file), *options]
+    code = f"from loratool.cli.main import app\ntry: app({words!r}, standalone_mode=False)\nexcept BaseException: pass"
+    loaded = loaded_by(code)
+    assert {"loratool.ops.validate", "loratool.ops.against", "loratool.report.validate"} <= loaded
     assert not loaded & (TENSOR_LIBRARIES | {"safetensors"})
 
 

@@ -14,6 +14,7 @@ from loratool.cli._process import run
 
 COMMANDS = (
     "info",
+    "validate",
     "check",
     "convert",
     "blocks",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loratool.core.architecture import Architecture
     from loratool.core.family import Family
+    from loratool.core.finding import Check
     from loratool.core.layout import Layout
     from loratool.core.method import Method
     from loratool.core.program import Program
@@ -64,3 +65,9 @@ def methods() -> Mapping[str, Method]:
 def programs() -> Mapping[str, Program]:
     """Every program that files can be checked for, by id."""
     return _discover("programs", "PROGRAM")
+
+
+@cache
+def checks() -> Mapping[str, Check]:
+    """Every group of findings by id."""
+    return _discover("checks", "CHECK")

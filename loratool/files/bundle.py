@@ -16,7 +16,7 @@ from loratool.core.tensor import LazyTensor
 from loratool.files.atomic import atomic_write
 from loratool.files.gguf import is_gguf, read_gguf, write_gguf
 from loratool.files.pickles import is_pickle, read_pickle
-from loratool.files.safetensors import file_size, read_header, write_safetensors
+from loratool.files.safetensors import OpenFile, file_size, read_header, write_safetensors
 
 MODEL = "adapter_model.safetensors"
 OLD_MODEL = "adapter_model.bin"
@@ -147,11 +147,17 @@ def _merged(place: Path, parts: Mapping[str, Path]) -> Bundle:
     return Bundle(tensors, metadata, sides, str(place), size, notes=notes)
 
 
+def side_file(path: Path) -> str | None:
+    """The text of a side file; None where there is none. Raises FormatError for what is no text or too large."""
+    return _read_text(path) if path.is_file() else None
+
+
 def _read_text(path: Path) -> str:
-    if path.stat().st_size > MAX_SIDE_FILE:
+    file = OpenFile(str(path))
+    if file.size > MAX_SIDE_FILE:
         raise FormatError(f"is larger than {MAX_SIDE_FILE >> 20} MiB", file=str(path))
     try:
-        return path.read_text(encoding="utf-8")
+        return file.pread(file.size, 0).decode("utf-8")
     except UnicodeDecodeError as error:
         raise FormatError("is not UTF-8 text", file=str(path)) from error
 

@@ -15,7 +15,7 @@ from loratool.core.errors import FormatError, LoratoolError, few
 from loratool.core.tensor import LazyTensor
 from loratool.files.bundle import PICKLES
 from loratool.files.pickles import is_pickle
-from loratool.files.safetensors import Header, read_header
+from loratool.files.safetensors import Header, OpenFile, read_header
 
 WEIGHTS = ".safetensors"
 PIPELINE = "model_index.json"
@@ -187,10 +187,11 @@ def _shards(index: Path) -> dict[str, list[str]]:
 
 def read_index(index: Path) -> dict[str, Any]:
     """The JSON of an index. Raises FormatError for what is none."""
-    if index.stat().st_size > MAX_INDEX:
+    file = OpenFile(str(index))
+    if file.size > MAX_INDEX:
         raise FormatError(f"is larger than {MAX_INDEX >> 20} MiB", file=str(index))
     try:
-        data = json.loads(index.read_text(encoding="utf-8"))
+        data = json.loads(file.pread(file.size, 0).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"is no JSON: {error}", file=str(index)) from error
     if not isinstance(data, dict):

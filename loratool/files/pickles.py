@@ -16,7 +16,8 @@ from loratool.core.adapter import Bundle
 from loratool.core.errors import FormatError, LoratoolError
 from loratool.files.archive import MAGIC, read_archive
 from loratool.files.flatten import Flat, flatten, left_out
-from loratool.files.safetensors import MAX_HEADER, FileRange, OpenFile
+from loratool.files.kinds import MAX_HEADER
+from loratool.files.safetensors import FileRange, OpenFile
 from loratool.files.torch_names import Storage, meanings
 from loratool.files.torch_tensors import Room, tensor_of
 from loratool.files.unpickle import MAX_PICKLE, MAX_STEPS, Table, unpickle

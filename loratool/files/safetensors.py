@@ -5,27 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
 from loratool.core.errors import FormatError, LoratoolError
 from loratool.core.tensor import CHUNK, DTYPES, SERIAL_ORDER, LazyTensor
+from loratool.files.header import DOWNLOAD, LENGTH, METADATA, Scan, scan
+from loratool.files.header import short as _short
+from loratool.files.kinds import HEAD, MAX_HEADER, kind_of
 
-MAX_HEADER = 100_000_000
-METADATA = "__metadata__"
 MODEL_HASH = "sshs_model_hash"
 LEGACY_HASH = "sshs_legacy_hash"
 
-_LENGTH = 8
-_MAX_U64 = (1 << 64) - 1
-_FIELDS = {"dtype", "shape", "data_offsets"}
-_DAMAGED = "the file is damaged or was written by a broken tool"
-_DOWNLOAD = "the download or copy is incomplete: fetch the file again"
+_LENGTH = LENGTH
 # Pieces below this are gathered, so that a thousand alphas are one write and one step of the hash.
 _GATHER = 1 << 20
 # sd-scripts' legacy hash covers this stretch of the file.
@@ -64,10 +59,30 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 def _read_header(path: str | os.PathLike[str]) -> Header:
     file = OpenFile(os.fspath(path))
     length = _header_length(file)
-    header = _parsed(_utf8(file.pread(length, _LENGTH)))
-    metadata = _metadata(header.pop(METADATA, None))
     begin = _LENGTH + length
-    return Header(_tensors(header, file, begin), metadata, begin, file.size)
+    found = scan(file.pread(length, _LENGTH), file.size - begin)
+    if found.first is not None:
+        raise FormatError(found.first.message, key=found.first.key, hint=found.first.hint)
+    return Header(_tensors(found, file, begin), found.metadata, begin, file.size)
+
+
+def check_quick(path: str | os.PathLike[str], header_bytes: int, tensors: int) -> None:
+    """Raises FormatError for a file whose header is too large to be read at once: in bytes, or in tensors.
+
+    What is no safetensors file passes: reading it will say so.
+    """
+    file = OpenFile(os.fspath(path))
+    head = file.pread(min(file.size, HEAD), 0)
+    length = int.from_bytes(head[:_LENGTH], "little")
+    if kind_of(head, file.size) is not None or length > file.size - _LENGTH:
+        return
+    hint = "`loratool validate` looks at files of any size"
+    if length > header_bytes:
+        raise FormatError(f"has a header of {length:,} bytes, at most {header_bytes:,} are shown", hint=hint)
+    # Every tensor takes some 60 bytes of it.
+    count = file.pread(length, _LENGTH).count(b'"data_offsets"') if length > 60 * tensors else 0
+    if count > tensors:
+        raise FormatError(f"holds {count:,} tensors, at most {tensors:,} are shown", hint=hint)
 
 
 class OpenFile:
@@ -186,191 +201,24 @@ def _check_regular(mode: int) -> None:
 
 def _header_length(file: OpenFile) -> int:
     """The length of the JSON, checked. Raises FormatError that says what the file is if not safetensors."""
-    head = file.pread(min(file.size, 4096), 0)
+    head = file.pread(min(file.size, HEAD), 0)
+    kind = kind_of(head, file.size)
+    if kind is not None:
+        raise FormatError(f"is not a safetensors file: {kind.what}", hint=kind.hint)
     length = int.from_bytes(head[:_LENGTH], "little")
-    begins = head[_LENGTH : _LENGTH + 1] == b"{"
-    if file.size < _LENGTH or length > MAX_HEADER or not length or not begins:
-        kind, hint = _kind(head, file.size)
-        raise FormatError(f"is not a safetensors file: {kind}", hint=hint)
     if length > file.size - _LENGTH:
         missing = length + _LENGTH - file.size
         raise FormatError(
-            f"is truncated inside the header: the header has {length} bytes, {missing} of them missing", hint=_DOWNLOAD
+            f"is truncated inside the header: the header has {length} bytes, {missing} of them missing", hint=DOWNLOAD
         )
     return length
 
 
-def _utf8(raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"the header is not UTF-8 text (byte {error.start})", hint=_DAMAGED) from error
-
-
-def _parsed(text: str) -> dict[str, Any]:
-    # Python reads "-0" as the integer 0, safetensors as a fraction. The hook is slow: used only where it may matter.
-    decoder = _WITH_MINUS_ZERO if _MINUS_ZERO.search(text) else _DECODER
-    try:
-        header = decoder.decode(text)
-        if "\\u" in text:
-            # Escapes can spell half a surrogate pair, which is no text: encoding finds it.
-            json.dumps(header, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise FormatError("the header holds half a surrogate pair, which is not text", hint=_DAMAGED) from error
-    except RecursionError:
-        raise FormatError("the header is nested too deeply", hint=_DAMAGED) from None
-    except ValueError as error:
-        raise FormatError(f"the header is not valid JSON: {error}", hint=_DAMAGED) from error
-    if type(header) is not dict:
-        raise FormatError("the header is not a JSON object", hint=_DAMAGED)
-    return header
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise FormatError("stands twice in the header", key=twice, hint=_DAMAGED)
-    return found
-
-
-def _constant(literal: str) -> NoReturn:
-    raise FormatError(f"the header holds {literal}, which is not JSON", hint=_DAMAGED)
-
-
-def _integer(literal: str) -> int | float:
-    return -0.0 if literal == "-0" else int(literal)
-
-
-# A number follows one of these; found by its literal part first, which is ten times as fast.
-_MINUS_ZERO = re.compile(r"-0(?<=[:,\[\s]-0)")
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
-_WITH_MINUS_ZERO = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_int=_integer)
-
-
-def _metadata(found: Any) -> dict[str, str]:
-    if found is None:
-        return {}
-    if type(found) is not dict:
-        raise FormatError("is not a JSON object", key=METADATA, hint=_DAMAGED)
-    for name, value in found.items():
-        if type(value) is not str:
-            message = f"{_short(name)} is {_short(value)}, expected text in quotes"
-            raise FormatError(message, key=METADATA, hint="the writer must use str(value)")
-    return found
-
-
-def _tensors(header: dict[str, Any], file: OpenFile, begin: int) -> dict[str, LazyTensor]:
-    """All entries, checked one by one and against each other: they must cover the data without holes or overlaps."""
-    tensors: dict[str, LazyTensor] = {}
-    spans: list[tuple[int, int, str]] = []
-    for name, entry in header.items():
-        try:
-            dtype, shape, start, stop = _entry(entry)
-        except FormatError as error:
-            error.key = name
-            raise
-        spans.append((start, stop, name))
-        tensors[name] = LazyTensor(shape, dtype, FileRange(file, begin + start, stop - start))
-    spans.sort()
-    position = 0
-    for start, stop, name in spans:
-        if start != position:
-            what = "unused bytes before it" if start > position else "overlaps another tensor"
-            raise FormatError(f"{what}: begins at {start}, expected {position}", key=name, hint=_DAMAGED)
-        position = stop
-    present = file.size - begin
-    if position > present:
-        raise FormatError(f"is truncated: {present} bytes of data, expected {position}", hint=_DOWNLOAD)
-    if position < present:
-        raise FormatError(f"{present - position} bytes follow the last tensor, expected none", hint=_DAMAGED)
-    return tensors
-
-
-def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """dtype, shape and data offsets of one entry, checked on their own."""
-    if type(entry) is not dict or entry.keys() != _FIELDS:
-        found = sorted(entry) if type(entry) is dict else _short(entry)
-        raise FormatError(f"has {found}, expected dtype, shape and data_offsets", hint=_DAMAGED)
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    bits = DTYPES.get(dtype) if type(dtype) is str else None
-    if bits is None:
-        known = ", ".join(DTYPES)
-        raise FormatError(f"has dtype {_short(dtype)}, expected one of {known}", hint="a newer loratool may know it")
-    if type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
-        raise FormatError(f"has shape {_short(shape)} and data_offsets {_short(offsets)}", hint=_DAMAGED)
-    for size in shape:
-        if type(size) is not int or not 0 <= size <= _MAX_U64:
-            raise FormatError(f"has shape {_short(shape)}, expected sizes", hint=_DAMAGED)
-        bits *= size
-        # Step by step: a zero later does not undo an overflow.
-        if bits > _MAX_U64:
-            raise FormatError(f"has shape {_short(shape)}: more bits than fit 64 bits", hint=_DAMAGED)
-    start, stop = offsets
-    if type(start) is not int or type(stop) is not int or not 0 <= start <= stop <= _MAX_U64:
-        raise FormatError(f"has data_offsets {_short(offsets)}, expected [begin, end]", hint=_DAMAGED)
-    if bits % 8:
-        raise FormatError(f"has {bits} bits of {dtype}, expected whole bytes", hint=_DAMAGED)
-    if stop - start != bits // 8:
-        raise FormatError(f"has {stop - start} bytes, expected {bits // 8} for {dtype} {_short(shape)}", hint=_DAMAGED)
-    return dtype, tuple(shape), start, stop
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:80] + "..."
-
-
-_PICKLE = "rewrite it once: loratool convert FILE -o FILE.safetensors"
-_MAGIC = (
-    (b"version https://git-lfs", "a git-lfs pointer, not the file it stands for", "run `git lfs pull` or download it"),
-    (b"GGUF", "a GGUF model", "use the safetensors version of the file"),
-    (b"\x1f\x8b", "a gzip archive", "unpack it first"),
-    (b"\x89PNG", "a PNG image", "pick the LoRA file, not its preview"),
-    (b"\xff\xd8\xff", "a JPEG image", "pick the LoRA file, not its preview"),
-    (b"RIFF", "a WebP image or other RIFF file", "pick the LoRA file, not its preview"),
-    (b"%PDF", "a PDF document", "pick the LoRA file"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first"),
-    (b"Rar!", "a RAR archive", "unpack it first"),
-    (b"\x93NUMPY", "a NumPy array", "resave it as safetensors"),
-)
-_TORCH_ZIP = (b"data.pkl", b"/.format_version", b"/.data/")
-
-
-def _kind(head: bytes, size: int) -> tuple[str, str]:
-    """What a file that is not safetensors is, by its first bytes, and what to do about it."""
-    if not size:
-        return "it is empty", _DOWNLOAD
-    for magic, kind, hint in _MAGIC:
-        if head.startswith(magic):
-            return f"it is {kind}", hint
-    if head.startswith(b"PK\x03\x04"):
-        if any(mark in head for mark in _TORCH_ZIP):
-            return "it is a PyTorch file (a zip with a pickle in it)", _PICKLE
-        return "it is a zip archive", "unpack it first"
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return "it is a pickle (an old PyTorch file)", _PICKLE
-    if not head.strip(b"\0"):
-        return "it begins with nothing but zero bytes", _DOWNLOAD
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        return "it is a web page", "the download link gave a page (a login or an error?): fetch the file itself"
-    if text[:1] in (b"{", b"["):
-        return "it is JSON text", "name the .safetensors file, not its configuration"
-    return _unknown_kind(head, size)
-
-
-def _unknown_kind(head: bytes, size: int) -> tuple[str, str]:
-    if size < _LENGTH:
-        return f"it has {size} bytes, expected at least {_LENGTH}", _DOWNLOAD
-    length = int.from_bytes(head[:_LENGTH], "little")
-    if length > MAX_HEADER:
-        return f"its first 8 bytes announce a header of {length} bytes, expected at most {MAX_HEADER}", _DAMAGED
-    if not length:
-        return "its first 8 bytes announce an empty header", _DAMAGED
-    found = ascii(head[_LENGTH : _LENGTH + 1].decode("latin-1")) if size > _LENGTH else "the end of the file"
-    return f"its header begins with {found}, expected '{{'", _DAMAGED
+def _tensors(found: Scan, file: OpenFile, begin: int) -> dict[str, LazyTensor]:
+    return {
+        name: LazyTensor(entry.shape, entry.dtype, FileRange(file, begin + entry.start, entry.stop - entry.start))
+        for name, entry in found.entries.items()
+    }
 
 
 # ---------------------------------------------------------------- writing

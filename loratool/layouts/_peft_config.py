@@ -16,6 +16,7 @@ from typing import Any
 from loratool.core.architecture import Architecture, Voice
 from loratool.core.errors import FormatError, NotRepresentable
 from loratool.core.module import Module
+from loratool.core.patterns import Bounded, Unsafe, names
 from loratool.core.tensor import LazyTensor
 
 _ADAPTER_NAME = re.compile(
@@ -26,6 +27,10 @@ FEW = 128
 """PEFT compiles every expression for every module: beyond what Python's cache of expressions holds (512, for two
 patterns), that takes a minute for a full SDXL file."""
 
+MOST_EXPRESSIONS = 256
+"""So many expressions that are no mere names are matched: each takes some milliseconds."""
+
+_DOTTED = re.compile(r"[\w.-]+")
 _BY_NAME = {"lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
 
 
@@ -45,9 +50,16 @@ def number(config: Mapping[str, Any], field: str) -> float | None:
     value = config.get(field)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
         raise FormatError(f"{field} is {value!r}, expected a number", key=field)
     return float(value)
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def pattern(config: Mapping[str, Any], field: str) -> Mapping[str, float]:
@@ -59,29 +71,64 @@ def pattern(config: Mapping[str, Any], field: str) -> Mapping[str, float]:
 
 
 class Matcher:
-    """The first expression of a pattern that matches the end of a path, as PEFT looks it up."""
+    """The first expression of a pattern that matches the end of a path, as PEFT looks it up, in bounded time."""
 
     def __init__(self, patterns: Mapping[str, float]) -> None:
-        self._plain = {key: value for key, value in patterns.items() if re.fullmatch(r"[\w.-]+", key)}
-        self._compiled: list[tuple[str, re.Pattern[str], float]] = []
-        for key, value in patterns.items():
-            try:
-                self._compiled.append((key, re.compile(rf"(.*\.)?({key})$"), value))
-            except re.error as error:
-                raise FormatError(f"{key!r} is not a regular expression: {error}") from error
+        self._values = list(patterns.values())
+        self._whole: dict[str, int] = {}
+        self._ends: dict[str, int] = {}
+        self._dotted: dict[str, list[tuple[int, str]]] = {}
+        self._others: list[tuple[int, Bounded]] = []
+        for index, key in enumerate(patterns):
+            if _DOTTED.fullmatch(key):
+                self._dotted.setdefault(key.rpartition(".")[2], []).append((index, key))
+                continue
+            listed = names(key)
+            for name in listed or ():
+                (self._whole if name.whole else self._ends).setdefault(name.text, index)
+            if listed is None:
+                if len(self._others) >= MOST_EXPRESSIONS:
+                    raise FormatError(
+                        f"holds more than {MOST_EXPRESSIONS} expressions", hint="write the modules' names instead"
+                    )
+                self._others.append((index, _bounded(key)))
 
     def __call__(self, path: str, default: float) -> float:
         """The value for `path`."""
-        if path in self._plain and len(self._plain) == len(self._compiled):
-            # Full names are by far the commonest patterns: no need to try hundreds of expressions on each path,
-            # unless an earlier, shorter name is a suffix of it.
-            suffixes = [path[i + 1 :] for i, char in enumerate(path) if char == "."]
-            if not any(suffix in self._plain for suffix in suffixes):
-                return self._plain[path]
-        for _, compiled, value in self._compiled:
-            if compiled.match(path):
-                return value
-        return default
+        ends = [path, *(path[i + 1 :] for i, char in enumerate(path) if char == ".")]
+        found = [self._ends[end] for end in ends if end in self._ends]
+        if path in self._whole:
+            found.append(self._whole[path])
+        for end, keys in self._dotted.items():
+            if path.endswith(end):
+                found += [index for index, key in keys if _ends(path, key)]
+        first = min(found, default=len(self._values))
+        for index, bounded in self._others:
+            if index > first:
+                break
+            if bounded.match(path):
+                first = index
+                break
+        return self._values[first] if first < len(self._values) else default
+
+
+def _ends(path: str, key: str) -> bool:
+    """Whether a name with unescaped dots, which stand for any character, matches the end of a path."""
+    start = len(path) - len(key)
+    if start < 0 or (start and path[start - 1] != "."):
+        return False
+    return all(wanted in (".", char) for wanted, char in zip(key, path[start:]))
+
+
+def _bounded(key: str) -> Bounded:
+    try:
+        return Bounded(rf"(.*\.)?({key})$")
+    except re.error as error:
+        raise FormatError(f"{key[:80]!r} is not a regular expression: {error}") from error
+    except Unsafe as error:
+        raise FormatError(
+            f"{key[:80]!r} is an expression that is not run: {error}", hint="write the modules' names instead"
+        ) from error
 
 
 def alphas(config: Mapping[str, Any], modules: Sequence[tuple[str, Module]]) -> list[float | None]:

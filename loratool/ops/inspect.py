@@ -12,14 +12,22 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loratool.core.adapter import Adapter
+from loratool.core.adapter import CONFIG, Adapter
 from loratool.core.layout import fits
 from loratool.core.module import Module
+from loratool.files.bundle import adapter_files
+from loratool.files.safetensors import check_quick
 from loratool.ops.open import Opened, open_detected
 
 _Counted = TypeVar("_Counted", int, str)
 
 TOP_TAGS = 12
+
+MOST_HEADER = 40_000_000
+"""Bytes of a header that are read for a look at a file."""
+
+MOST_TENSORS = 15_000
+"""So many tensors are read for a look at a file: a full adapter of a large model has some 3,000."""
 
 _SCORE_CLOSE = 0.1
 """A runner-up whose score is this close to the best is worth a word."""
@@ -96,7 +104,19 @@ def inspect(path: str | os.PathLike[str], architecture: str | None = None, keys:
 
     Raises LoratoolError where it is no adapter, or a broken one. Nothing of the file stays open.
     """
+    _check_quick(path)
     return describe(open_detected(path, architecture=architecture), keys)
+
+
+def _check_quick(path: str | os.PathLike[str]) -> None:
+    """Raises FormatError for what would take more than a second, or more than 150 MB."""
+    try:
+        files = adapter_files(Path(path))
+    except (OSError, ValueError):
+        return  # opening it will say so
+    for file in files:
+        if file.name != CONFIG and file.exists():
+            check_quick(file, MOST_HEADER, MOST_TENSORS)
 
 
 def describe(opened: Opened, keys: bool = False) -> Info:
