@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from loratool.core.adapter import Adapter
     from loratool.core.errors import LoratoolError
     from loratool.ops.bake_file import bake_file
+    from loratool.ops.check import check_file
     from loratool.ops.convert import convert
     from loratool.ops.convert_file import convert_file
     from loratool.ops.extract_file import extract_file
@@ -30,6 +31,7 @@ _HOME = {
     "Adapter": "loratool.core.adapter",
     "LoratoolError": "loratool.core.errors",
     "bake_file": "loratool.ops.bake_file",
+    "check_file": "loratool.ops.check",
     "convert": "loratool.ops.convert",
     "convert_file": "loratool.ops.convert_file",
     "extract_file": "loratool.ops.extract_file",
@@ -48,6 +50,7 @@ __all__ = [
     "Adapter",
     "LoratoolError",
     "bake_file",
+    "check_file",
     "convert",
     "convert_file",
     "extract_file",

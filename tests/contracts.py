@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -18,6 +19,8 @@ from loratool.core.errors import NotExact
 from loratool.core.family import Factors, Family, Part, Product
 from loratool.core.layout import Layout
 from loratool.core.method import Method, Update
+from loratool.core.program import DROPS, EFFECTS, FACTS, IGNORES, REFUSES, SCALES, SCALINGS, Program, When
+from loratool.core.registry import architectures, families, layouts
 from loratool.core.target import Target
 from loratool.core.tensor import LazyTensor
 
@@ -432,3 +435,82 @@ def _check_inputs_stay(method: Method, active: Mapping[str, Any]) -> None:
     assert torch.equal(first, merged(method, updates, [1.0, -0.5], **active)), f"{method.id} is not reproducible"
     for update, before in zip(updates, untouched):
         assert torch.equal(update.left, before.left) and torch.equal(update.right, before.right), method.id
+
+
+# -- programs -------------------------------------------------------------------------------------------------------
+
+COMING: Mapping[str, frozenset[str]] = {
+    "families": frozenset({"loha", "diff", "ia3", "oft", "boft", "glora", "dylora"}),
+    "layouts": frozenset({"onetrainer", "musubi", "ai-toolkit", "lycoris", "a1111", "mlx", "gguf", "xlabs"}),
+    "architectures": frozenset(
+        [
+            "sd21",
+            "sdxl-refiner",
+            "sd3",
+            "chroma",
+            "flux2",
+            "lumina2",
+            "z-image",
+            "qwen-image",
+            "wan",
+            "hunyuan-video",
+            "hunyuan-image",
+            "ltx-video",
+            "ltx2",
+            "hidream",
+            "auraflow",
+            "pixart",
+            "sana",
+            "cogvideox",
+            "cosmos",
+            "anima",
+            "krea2",
+        ]
+    ),
+}
+"""Ids that rules may name before there is a plug-in."""
+
+
+def check_program(program: Program) -> None:
+    """Rules name what exists, say why, and can be told; version and source are told."""
+    assert all((program.title, program.version, program.sources)), program.id
+    assert all(source.startswith("https://") for source in program.sources), program.id
+    assert "*" in program.writes, f"{program.id}: no layouts for models that it does not name"
+    assert When() not in program.reads, f"{program.id}: one of `reads` is every file"
+    _check_ids(program)
+    whens = [*program.reads, *(rule.when for rule in program.rules)]
+    for expression in (text for when in whens for text in (when.keys, when.paths, when.first, when.beside)):
+        re.compile(expression)
+    for when in whens:
+        re.compile(when.lacking.replace("{parent}", "a"))
+        assert set(when.has) <= set(FACTS), f"{program.id}: {set(when.has) - set(FACTS)} are no facts"
+    for rule in program.rules:
+        assert rule.does in EFFECTS, f"{program.id}: {rule.does} is no effect"
+        assert (rule.what in SCALINGS) is (rule.does == SCALES), f"{program.id}: {rule.why}"
+        assert bool(rule.what) is (rule.does in (SCALES, DROPS)), f"{program.id}: {rule.why}"
+        assert not rule.unread or rule.does == REFUSES, f"{program.id}: only what is refused may be unread"
+        assert rule.why and not rule.why.endswith(".") and rule.why[0].islower(), f"{program.id}: {rule.why!r}"
+    for key in (*program.keys, program.other_keys):
+        re.compile(key.keys)
+        assert key.does in ("", REFUSES, IGNORES), program.id
+        assert bool(key.why) is bool(key.does), f"{program.id}: {key.keys}"
+    if program.rank is not None:
+        assert list(program.rank.choices) == sorted(program.rank.choices)
+        assert program.rank.default in program.rank.choices
+
+
+def _check_ids(program: Program) -> None:
+    whens = [*program.reads, *(rule.when for rule in program.rules)]
+    named = {
+        "families": {one for when in whens for one in when.families},
+        "layouts": {one for when in whens for one in when.layouts}
+        | {one for key in program.keys for one in key.layouts}
+        | {one for names in program.writes.values() for one in names},
+        "architectures": {one for when in whens for one in when.architectures}
+        | {one for key in program.keys for one in key.architectures}
+        | program.writes.keys() - {"*"},
+    }
+    known = {"families": families(), "layouts": layouts(), "architectures": architectures()}
+    for kind, ids in named.items():
+        strange = ids - known[kind].keys() - COMING[kind]
+        assert not strange, f"{program.id}: no {kind} are called {', '.join(sorted(strange))}"

@@ -19,7 +19,7 @@ import loratool
 from loratool.cli.info import info as info_command
 from loratool.cli.main import COMMANDS, app, command
 from loratool.core.adapter import Bundle
-from loratool.core.registry import architectures, families, layouts, methods
+from loratool.core.registry import architectures, families, layouts, methods, programs
 from loratool.core.tensor import LazyTensor
 from loratool.ops.approximate import Approximated
 from loratool.ops.bake_check import Checked
@@ -27,6 +27,7 @@ from loratool.ops.bake_file import bake_file
 from loratool.ops.bake_task import Options
 from loratool.ops.bases import add_base, known_bases
 from loratool.ops.blocks import blocks_of
+from loratool.ops.check import check_file
 from loratool.ops.convert_file import convert_file
 from loratool.ops.extract import Wish
 from loratool.ops.extract_file import extract_file
@@ -45,6 +46,7 @@ from loratool.ops.unbake_file import unbake_file
 from loratool.report import bake as bake_report
 from loratool.report import bases as bases_report
 from loratool.report import blocks as blocks_report
+from loratool.report import check as check_report
 from loratool.report import convert as convert_report
 from loratool.report import extract as extract_report
 from loratool.report import info as info_report
@@ -144,6 +146,7 @@ def test_json_fields(file: Path, tmp_path: Path) -> None:
         "A file that cannot be read": ("path", "error"),
         "loratool convert --json": report,
         "approximated": [field.name for field in fields(Approximated)],
+        **check_fields(file),
         "proof": report["proof"],
         "loratool blocks --json": blocks,
         "blocks": blocks["blocks"][0],
@@ -158,6 +161,18 @@ def test_json_fields(file: Path, tmp_path: Path) -> None:
         **bases_fields(tmp_path / "home"),
     }
     assert sections(DOCS / "json.md") == {name: list(value) for name, value in expected.items()}
+
+
+def check_fields(file: Path) -> dict[str, Any]:
+    """The fields of what `check` tells, by their sections."""
+    told = check_report.as_json(check_file(file, "kohya"), keys=True)
+    assert check_report.as_json(check_file(file, "kohya")).keys() == told.keys() - {"module_list"}
+    return {
+        "loratool check --json": told,
+        "check: reasons": told["reasons"][0],
+        "check: remedy": told["remedy"],
+        "check: module_list": told["module_list"][0],
+    }
 
 
 def bake_fields(tmp_path: Path) -> dict[str, Any]:
@@ -246,12 +261,25 @@ def test_json_of_a_file_that_cannot_be_read(tmp_path: Path, capsys: pytest.Captu
         ("architectures.md", architectures()),
         ("mathematics.md", families()),
         ("merging.md", methods()),
+        ("programs.md", programs()),
     ],
-    ids=["layouts", "architectures", "families", "methods"],
+    ids=["layouts", "architectures", "families", "methods", "programs"],
 )
 def test_every_plugin_is_named(page: str, ids: dict[str, object]) -> None:
     text = (DOCS / page).read_text(encoding="utf-8")
     assert [name for name in ids if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("name", programs())
+def test_programs_are_documented_as_their_rules_are(name: str) -> None:
+    """Version, sources, the layouts that are tried, and every rule's sentence."""
+    text = (DOCS / "programs.md").read_text(encoding="utf-8")
+    section = text.partition(f"\n## `{name}`\n")[2].partition("\n## ")[0]
+    program = programs()[name]
+    told = [program.version, *program.sources, *program.notes, *(rule.why for rule in program.rules)]
+    told += [f"`{layout}`" for layouts in program.writes.values() for layout in layouts]
+    told += [rule.why for rule in program.keys]
+    assert [one for one in told if one not in section] == []
 
 
 def test_the_front_door_is_documented() -> None:

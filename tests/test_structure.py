@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -21,19 +22,25 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 
 LEVELS = (
     frozenset({"core"}),
-    frozenset({"architectures", "layouts", "families", "files"}),
+    frozenset({"architectures", "layouts", "families", "programs", "files"}),
     frozenset({"ops", "merging", "checks"}),
     frozenset({"report"}),
     frozenset({"cli"}),
 )
 """Who may import whom: a folder itself and every level before its own."""
 
-PLUGINS = {"architectures": "ARCHITECTURE", "layouts": "LAYOUT", "families": "FAMILY", "merging": "METHOD"}
+PLUGINS = {
+    "architectures": "ARCHITECTURE",
+    "layouts": "LAYOUT",
+    "families": "FAMILY",
+    "merging": "METHOD",
+    "programs": "PROGRAM",
+}
 PLUGIN_FOLDERS = frozenset({*PLUGINS, "checks"})
 TENSOR_LIBRARIES = frozenset({"torch", "numpy"})
 TENSOR_FOLDERS = frozenset({"ops", "merging"})
-HEADER_ONLY = ("ops/open.py", "ops/inspect.py")
-"""What `loratool info` runs: no tensor library at all."""
+HEADER_ONLY = ("ops/open.py", "ops/inspect.py", "ops/conformance.py", "ops/check.py")
+"""What `loratool info` and `loratool check` run: no tensor library at all."""
 
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 
@@ -179,6 +186,7 @@ def test_a_plugin_is_one_object_in_a_file_of_its_name(folder: str) -> None:
         "layouts": registry.layouts,
         "families": registry.families,
         "merging": registry.methods,
+        "programs": registry.programs,
     }
     found = {}
     for path in plugin_files(folder):
@@ -285,6 +293,23 @@ def test_info_loads_no_tensor_library(tmp_path: Path, options: list[str]) -> Non
     code = f"from loratool.cli.main import app\napp(['info', {str(file)!r}, *{options!r}], standalone_mode=False)"
     loaded = loaded_by(code)
     assert "loratool.ops.inspect" in loaded
+    assert not loaded & (TENSOR_LIBRARIES | {"safetensors"})
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+@pytest.mark.parametrize("architecture", ["sdxl", "flux"])
+def test_check_loads_no_tensor_library(architecture: str, layout: str, tmp_path: Path) -> None:
+    """Nor does it where parts of a fused weight are zero, which only values would tell."""
+    parts = [replace(part, zero_up=True) for part in typical_parts(architecture, layout, alpha=2.0)]
+    file = write_file(tmp_path / "a.safetensors", build(parts, layout))
+    words = ["check", str(file)]
+    for name in ("kohya", "diffusers", "comfyui", "peft", "a1111", "invokeai", "onetrainer", "vllm"):
+        words += ["--for", name]
+    code = (
+        f"from loratool.cli.main import app\ntry:\n app({words!r}, standalone_mode=False)\nexcept BaseException: pass"
+    )
+    loaded = loaded_by(code)
+    assert "loratool.report.check" in loaded
     assert not loaded & (TENSOR_LIBRARIES | {"safetensors"})
 
 

@@ -15,8 +15,14 @@ if TYPE_CHECKING:
 
 def convert(
     file: Annotated[str, typer.Argument(metavar="IN", help="A LoRA file or a PEFT folder.")],
-    to: Annotated[str, typer.Option("--to", metavar="LAYOUT", help="kohya, diffusers, peft or comfyui.")],
     output: Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="The new file (peft: a folder).")],
+    to: Annotated[
+        Optional[str], typer.Option("--to", metavar="LAYOUT", help="kohya, diffusers, peft or comfyui.")
+    ] = None,
+    program: Annotated[
+        Optional[str],
+        typer.Option("--for", metavar="PROGRAM", help="Choose the layout that a program loads fully (comfyui, ...)."),
+    ] = None,
     dtype: Annotated[
         Optional[str], typer.Option("--dtype", metavar="DTYPE", help="Cast the factors: fp32, fp16, bf16, ...")
     ] = None,
@@ -47,11 +53,13 @@ def convert(
     """Write a LoRA in another layout, with proof that its update is the same.
 
     The output is read back and every module compared before it gets its name. Converting back gives the original
-    file's keys, values and metadata. Exit 1 if something cannot be expressed, or is not the same.
+    file's keys, values and metadata. Exit 1 if something cannot be expressed, is not the same, or would not be loaded
+    fully by the program that --for names.
     """
-    from loratool.core.registry import layouts
+    from loratool.core.registry import layouts, programs
     from loratool.files.bundle import check_output
     from loratool.ops.approximate import check_options
+    from loratool.ops.check import program_named
     from loratool.ops.convert import dtype_code
     from loratool.ops.convert_file import convert_file
     from loratool.ops.open import layout_named
@@ -59,16 +67,20 @@ def convert(
     from loratool.report.progress import progress as bars
 
     with told_plainly():
-        layout = layouts()[layout_named(to)]
+        if (to is None) == (program is None):
+            raise UsageError("say either --to LAYOUT or --for PROGRAM")
+        target = None if program is None else programs()[program_named(program)]
+        layout = None if to is None else layouts()[layout_named(to)]
         code = dtype_code(dtype) if dtype else None
         wish = check_options(approximate, rank, energy)
         if base is not None:
-            check_output(output, [base], layout.folder, overwrite)
+            check_output(output, [base], layout is not None and layout.folder, overwrite)
         with bars(err()) as progress:
             done = convert_file(
                 file,
-                layout.id,
+                None if layout is None else layout.id,
                 output,
+                program=target,
                 architecture=_model(base, architecture),
                 dtype=code,
                 approximate=wish,

@@ -10,7 +10,21 @@ import typer
 import typer.core
 import typer.main
 
-COMMANDS = ("info", "validate", "convert", "blocks", "resize", "merge", "bake", "unbake", "extract", "replay", "bases")
+COMMANDS = (
+    "info",
+    "validate",
+    "check",
+    "fix",
+    "convert",
+    "blocks",
+    "resize",
+    "merge",
+    "bake",
+    "unbake",
+    "extract",
+    "replay",
+    "bases",
+)
 """Each is a function of that name in a module of that name, in the order of the help."""
 
 

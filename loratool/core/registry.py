@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from loratool.core.finding import Check
     from loratool.core.layout import Layout
     from loratool.core.method import Method
+    from loratool.core.program import Program
 
 
 def _discover(folder: str, attribute: str) -> dict[str, Any]:
@@ -58,3 +59,9 @@ def methods() -> Mapping[str, Method]:
 def checks() -> Mapping[str, Check]:
     """Every group of findings by id."""
     return _discover("checks", "CHECK")
+
+
+@cache
+def programs() -> Mapping[str, Program]:
+    """Every program that files can be checked for, by id."""
+    return _discover("programs", "PROGRAM")

@@ -9,11 +9,14 @@ from dataclasses import dataclass, replace
 
 from loratool.core.adapter import Adapter
 from loratool.core.architecture import Architecture
-from loratool.core.errors import LoratoolError
+from loratool.core.errors import LoratoolError, UsageError
+from loratool.core.layout import Layout
+from loratool.core.program import Program
 from loratool.core.registry import layouts
 from loratool.files.bundle import check_output
 from loratool.ops.approximate import Approximated, Wish, as_lora
 from loratool.ops.convert import Converted, convert
+from loratool.ops.convert_for import converted_for, layout_for
 from loratool.ops.headers import with_history
 from loratool.ops.open import open_adapter
 from loratool.ops.save import Progress, Proof, save
@@ -21,10 +24,14 @@ from loratool.ops.save import Progress, Proof, save
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did. Sizes in bytes, `seconds` of wall time; `proof` is None if it was not asked for."""
+    """What a conversion did. Sizes in bytes, `seconds` of wall time; `proof` is None if it was not asked for.
+
+    `program` is the id of the program that it was made for, which loads it fully.
+    """
 
     source: str
     output: str
+    program: str | None
     layout_before: str
     layout_after: str
     architecture: str
@@ -49,9 +56,10 @@ class Report:
 
 def convert_file(
     path: str | os.PathLike[str],
-    to: str,
+    to: str | None,
     output: str | os.PathLike[str],
     *,
+    program: Program | None = None,
     architecture: Architecture | str | None = None,
     dtype: str | None = None,
     approximate: Wish | None = None,
@@ -60,17 +68,37 @@ def convert_file(
     verify: bool = True,
     progress: Progress | None = None,
 ) -> Report:
-    """Converts the adapter at `path` into layout `to` at `output`; see `convert` and `save` for what is guaranteed."""
+    """Converts the adapter at `path` into layout `to` at `output`; see `convert` and `save` for what is guaranteed.
+
+    `program` chooses the layout where `to` is None. Nothing is written unless it loads the result fully.
+    """
     started = time.perf_counter()
-    check_output(output, [os.fspath(path)], layouts()[to].folder, overwrite)
+    layout = None if to is None else layouts()[to]
+    if layout is not None:
+        check_output(output, [os.fspath(path)], layout.folder, overwrite)
     source = open_adapter(path, architecture=architecture)
     try:
-        adapted, approximated = _approximated(source, to, approximate)
-        converted = convert(adapted, to, dtype=dtype, drop_extras=drop_extras)
+        if layout is None:
+            layout = _layout_for(source, program, approximate, drop_extras)
+            check_output(output, [os.fspath(path)], layout.folder, overwrite)
+        adapted, approximated = _approximated(source, layout.id, approximate)
+        if program is None:
+            converted = convert(adapted, layout.id, dtype=dtype, drop_extras=drop_extras)
+        else:
+            kept = replace(adapted, extras={}) if drop_extras else adapted
+            converted = converted_for(kept, layout.id, program, dtype=dtype, drop_extras=drop_extras)
+            converted = replace(converted, dropped=tuple(source.extras) if drop_extras else ())
         proof = save(converted, adapted, output, overwrite=overwrite, verify=verify, progress=progress)
     except LoratoolError as error:
         raise error.with_file(str(path)) from error.__cause__
-    return _report(source, converted, os.fspath(output), approximated, proof, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return _report(source, converted, program, os.fspath(output), approximated, proof, seconds)
+
+
+def _layout_for(source: Adapter, program: Program | None, wish: Wish | None, drop_extras: bool) -> Layout:
+    if program is None:
+        raise UsageError("neither a layout nor a program says what to convert to")
+    return layout_for(source, program, approximate=wish is not None, drop_extras=drop_extras)
 
 
 def _approximated(source: Adapter, to: str, wish: Wish | None) -> tuple[Adapter, tuple[Approximated, ...]]:
@@ -87,6 +115,7 @@ def _approximated(source: Adapter, to: str, wish: Wish | None) -> tuple[Adapter,
 def _report(
     source: Adapter,
     converted: Converted,
+    program: Program | None,
     output: str,
     approximated: tuple[Approximated, ...],
     proof: Proof | None,
@@ -95,6 +124,7 @@ def _report(
     return Report(
         source=source.path,
         output=output,
+        program=None if program is None else program.id,
         layout_before=source.layout,
         layout_after=converted.layout.id,
         architecture=source.architecture.id,

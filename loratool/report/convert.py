@@ -40,6 +40,8 @@ def show(report: Report, console: Console) -> None:
     row("", f"{report.layout_before}, {inert(report.architecture_title, 80)}, {before}")
     row("wrote", inert(report.output, 200))
     row("", f"{report.layout_after}, {after}")
+    if report.program is not None:
+        row("loads", f"fully in {inert(report.program)}, by its rules", "green")
     if report.proof is None:
         row("verified", "no (--no-verify)", "yellow")
     else:

@@ -27,6 +27,7 @@ from tests.contracts import assert_same_tensors
 REPORT_SCHEMA: dict[str, type | tuple[type, ...]] = {
     "source": str,
     "output": str,
+    "program": (str, type(None)),
     "layout_before": str,
     "layout_after": str,
     "architecture": str,

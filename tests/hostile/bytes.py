@@ -69,12 +69,16 @@ def file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = Non
     return packed(header, data)
 
 
-def pair(stem: str, shape: Sequence[int] = (320, 320), rank: int = 4, dtype: str = "F16", **more: Any) -> dict[str, Tensor]:
+def pair(
+    stem: str, shape: Sequence[int] = (320, 320), rank: int = 4, dtype: str = "F16", **more: Any
+) -> dict[str, Tensor]:
     """One kohya module: down, up, alpha."""
     return {
         f"{stem}.lora_down.weight": tensor(dtype, (rank, *shape[1:]), seed=len(stem)),
         f"{stem}.lora_up.weight": tensor(dtype, (shape[0], rank, *(1,) * (len(shape) - 2)), seed=3),
-        f"{stem}.alpha": tensor(more.get("alpha_dtype", dtype if dtype in FORMS else "F32"), (), more.get("alpha", 4.0)),
+        f"{stem}.alpha": tensor(
+            more.get("alpha_dtype", dtype if dtype in FORMS else "F32"), (), more.get("alpha", 4.0)
+        ),
     }
 
 

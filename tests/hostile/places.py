@@ -85,7 +85,7 @@ def link(target: str) -> Callable[[Path], object]:
 def a_socket(path: Path) -> None:
     """A socket; its name may be too long for one, so that it is made in a short folder and moved."""
     with socket.socket(socket.AF_UNIX) as listening:
-        here = os.getcwd()  # noqa: PTH109
+        here = os.getcwd()
         os.chdir(path.parent)
         try:
             listening.bind(path.name[:60])
@@ -261,7 +261,9 @@ SHARDS = [
     place("index a pipe", also(sharded(), instead("model.safetensors.index.json", os.mkfifo)), "shard-special", None),
     place("shard missing", sharded(b=None), "shard-missing", None),
     place("shard lacks a tensor", sharded({"c.weight": SHARD.format(1)}), "shard-lacks", None),
-    place("shard with more", sharded(a=file({f"{n}.weight": tensor("F16", (4, 4)) for n in "az"})), "shard-extra", None),
+    place(
+        "shard with more", sharded(a=file({f"{n}.weight": tensor("F16", (4, 4)) for n in "az"})), "shard-extra", None
+    ),
     place("shard cut", sharded(a=file({"a.weight": tensor("F16", (4, 4))})[:-3]), "truncated", None),
     place("shard with NaN", sharded(a=file({"a.weight": ("F16", (1,), b"\0\x7e")})), "not-finite", None),
     place("shard a pickle", sharded(a=b"\x80\x02}q\0."), "is-pickle", None),
@@ -272,10 +274,22 @@ SHARDS = [
     place("shard ..", sharded({"a.weight": ".."}), "path-outside", None),
     place("shard without a name", sharded({"a.weight": ""}), "path-outside", None),
     place("shard with NUL", sharded({"a.weight": "a\0b"}), "path-outside", None),
-    place("shard a link outside", also(sharded(), instead(SHARD.format(1), link("/etc/passwd"))), "link-outside is-text", None),
-    place("shard /dev/zero", also(sharded(), instead(SHARD.format(1), link("/dev/zero"))), "shard-special link-outside", None),
+    place(
+        "shard a link outside",
+        also(sharded(), instead(SHARD.format(1), link("/etc/passwd"))),
+        "link-outside is-text",
+        None,
+    ),
+    place(
+        "shard /dev/zero",
+        also(sharded(), instead(SHARD.format(1), link("/dev/zero"))),
+        "shard-special link-outside",
+        None,
+    ),
     place("shard a pipe", also(sharded(), instead(SHARD.format(1), os.mkfifo)), "shard-special", None),
-    place("shard a folder", also(sharded(a=None), lambda path: (path / SHARD.format(1)).mkdir()), "shard-missing", None),
+    place(
+        "shard a folder", also(sharded(a=None), lambda path: (path / SHARD.format(1)).mkdir()), "shard-missing", None
+    ),
 ]
 
 PLACES = [*SPECIAL, *CONFIGS, *SHARDS]
