@@ -12,7 +12,7 @@ from loratool.core.finding import ERROR, NOTE, WARNING, Check, Code, Finding, co
 from loratool.core.module import Module
 from loratool.core.tensor import DTYPES, LazyTensor
 from loratool.files.look import File
-from loratool.files.safetensors import MODEL_HASH, FileRange
+from loratool.files.safetensors import EMPTY_SHA256, MODEL_HASH, FileRange
 from loratool.files.subjects import Content, byte_of
 
 _SPEC_HASH = "modelspec.hash_sha256"
@@ -142,6 +142,8 @@ def _hashes(file: File) -> Iterator[Finding]:
     for piece in FileRange(file.handle, file.begin, file.handle.size - file.begin).chunks():
         digest.update(piece)
     for name, value in stated.items():
+        if value == EMPTY_SHA256:  # that its writer hashed nothing is another finding
+            continue
         if not hmac.compare_digest(value.encode(), digest.hexdigest().encode()):
             message = f"{name} is {value[:12]}..., the data have {digest.hexdigest()[:12]}...: bits have changed"
             yield CHECK.finding("hash-mismatch", message, file.path, key=name, byte=file.begin)

@@ -16,6 +16,7 @@ COMMANDS = (
     "info",
     "validate",
     "check",
+    "fix",
     "convert",
     "blocks",
     "resize",

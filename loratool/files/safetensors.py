@@ -18,6 +18,9 @@ from loratool.files.header import short as _short
 from loratool.files.kinds import HEAD, MAX_HEADER, kind_of
 
 MODEL_HASH = "sshs_model_hash"
+EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+"""The hash of nothing, which a broken writer stores as that of its data."""
+
 LEGACY_HASH = "sshs_legacy_hash"
 
 _LENGTH = LENGTH

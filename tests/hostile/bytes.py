@@ -97,6 +97,18 @@ def lora(dtype: str = "F16", rank: int = 4, **changed: Tensor | None) -> dict[st
     return found
 
 
+def alphas(value: float, dtype: str = "F16") -> dict[str, Tensor]:
+    """The same modules, all with another alpha."""
+    return {key: tensor(dtype, (), value) if key.endswith("alpha") else one for key, one in lora(dtype).items()}
+
+
+def dotted() -> dict[str, Tensor]:
+    """One module in diffusers' spelling, with an alpha beside it."""
+    stem = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    up, down = tensor("F16", (320, 4), seed=3), tensor("F16", (4, 320), seed=4)
+    return {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up, f"{stem}.alpha": tensor("F16", (), 4.0)}
+
+
 def with_bits(found: dict[str, Tensor], key: str, bits: bytes, at: int = 5) -> dict[str, Tensor]:
     """The tensors with one number of one of them replaced by these bytes."""
     dtype, shape, raw = found[key]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratool.files.safetensors import EMPTY_SHA256
 from tests.hostile.bytes import (
     FORMS,
     PARTS,
@@ -24,6 +25,8 @@ from tests.hostile.bytes import (
     a_pickle,
     a_tar,
     a_zip,
+    alphas,
+    dotted,
     file,
     flipped,
     hashed,
@@ -397,6 +400,15 @@ ADAPTER = [
     Case("LoHa of ranks that differ", lambda: file(loha(w1_b=(8, 320))), "rank-mismatch"),
     Case("LoHa of rank 0", lambda: file(loha(w1_a=(320, 0), w1_b=(0, 320), w2_a=(320, 0), w2_b=(0, 320))), "rank-zero"),
     Case("LoHa of halves that differ", lambda: file(loha(w1_a=(640, 4))), "broken-module"),
+    Case("alphas of 1", lambda: file(alphas(1.0), {"ss_network_dim": "4", "ss_network_alpha": "2"}), "alpha-became-one", ""),
+    Case("the scale in alpha twice", lambda: file(alphas(0.25), {"ss_network_dim": "4", "ss_network_alpha": "1"}), "scale-twice", ""),
+    Case("an alpha that bf16 rounds", lambda: file(alphas(100.5, "BF16"), {"ss_network_alpha": "100.3", "ss_network_dim": "4"}), "alpha-rounded", ""),
+    Case("diluted", lambda: file(alphas(2.0), {"ss_network_dim": "2", "ss_network_alpha": "2", "modelspec.merged_from": "a, b"}), "diluted-concat", ""),
+    Case("merged", lambda: file(lora(), {"ss_network_dim": "4", "ss_network_alpha": "4", "modelspec.merged_from": "a, b"}), "merged-factors", ""),
+    Case("the hash of nothing", lambda: file(lora(), {"sshs_model_hash": EMPTY_SHA256}), "hash-of-nothing", ""),
+    Case("another rank in the header", lambda: file(lora(), {"ss_network_dim": "32"}), "wrong-dim", ""),
+    Case("another alpha in the header", lambda: file(lora(), {"ss_network_alpha": "32"}), "wrong-alpha", ""),
+    Case("two scales", lambda: file(dotted(), {"lora_adapter_metadata": "{}"}), "two-scales", None),
     Case("20 MB of metadata", lambda: file(lora(), {"ss_tag_frequency": "tag " * 5_300_000}), "metadata-large", ""),
     Case("200,000 entries of metadata", lambda: file(lora(), {f"k{i}": "v" for i in range(200_000)}), "metadata-large", ""),
     Case("ANSI in the metadata", lambda: file(lora(), {"ss_output_name": "\x1b]0;owned\x07\x1b[2J", "modelspec.title": "\u202egnp.exe"}), "", ""),

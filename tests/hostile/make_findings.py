@@ -29,7 +29,7 @@ WITHOUT_CASE = {
 }
 """Codes that need more than one file or a moment; tests of their own show them."""
 
-ORDER = ("place", "identity", "container", "adapter", "numbers", "folder")
+ORDER = ("place", "identity", "container", "adapter", "producer", "numbers", "folder")
 
 
 @cache
