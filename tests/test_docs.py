@@ -31,6 +31,7 @@ from loratool.ops.check import check_file
 from loratool.ops.convert_file import convert_file
 from loratool.ops.extract import Wish
 from loratool.ops.extract_file import extract_file
+from loratool.ops.fix import FixReport, Mended
 from loratool.ops.inputs import Asked
 from loratool.ops.inspect import inspect
 from loratool.ops.made import Held
@@ -152,6 +153,8 @@ def test_json_fields(file: Path, tmp_path: Path) -> None:
         "loratool convert without --to": [field.name for field in fields(Resaved)],
         "approximated": [field.name for field in fields(Approximated)],
         **check_fields(file),
+        "loratool fix --json": [field.name for field in fields(FixReport)],
+        "mended": [field.name for field in fields(Mended)],
         "proof": report["proof"],
         "loratool blocks --json": blocks,
         "blocks": blocks["blocks"][0],
