@@ -62,7 +62,7 @@ def atomic_write(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
             _publish(temporary, target, overwrite)
         except OSError as error:
             raise LoratoolError(f"cannot be written: {error.strerror}", file=str(target)) from error
-        _flush_folder(target.parent)
+        flush_folder(target.parent)
     finally:
         # After publishing, the name is gone already.
         temporary.unlink(missing_ok=True)
@@ -80,6 +80,27 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     target = Path(path)
     if target.exists() and not overwrite and any(target.iterdir()):
         raise _exists(target)
+    with scratch_folder(target) as temporary:
+        yield temporary
+        try:
+            for place, _, names in os.walk(temporary):
+                for name in names:
+                    if os.stat(os.path.join(place, name)).st_nlink == 1:  # what is linked is on the disk already
+                        _flush(Path(place, name))
+                flush_folder(Path(place))
+            _swap(temporary, target)
+        except OSError as error:
+            raise LoratoolError(f"cannot be written: {error.strerror}", file=str(target)) from error
+        flush_folder(target.parent)
+
+
+@contextlib.contextmanager
+def scratch_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives the path of an empty folder beside `path` for what is needed on the way to it.
+
+    It is removed when the block ends; what a run for the same `path` left when it was killed is removed first.
+    """
+    target = Path(path)
     _remove_leftovers(target)
     temporary = _temporary_name(target)
     try:
@@ -90,39 +111,9 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     _unfinished.add(temporary)
     try:
         yield temporary
-        try:
-            for place, _, names in os.walk(temporary):
-                for name in names:
-                    if os.stat(os.path.join(place, name)).st_nlink == 1:  # what is linked is on the disk already
-                        _flush(Path(place, name))
-                _flush_folder(Path(place))
-            _swap(temporary, target)
-        except OSError as error:
-            raise LoratoolError(f"cannot be written: {error.strerror}", file=str(target)) from error
-        _flush_folder(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         _unfinished.discard(temporary)
-        os.close(lock)
-
-
-@contextlib.contextmanager
-def scratch_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives the path of an empty folder beside `path` for what is needed on the way to it; removed when the block ends.
-
-    What a killed run leaves there, the next `atomic_write` of the same `path` removes.
-    """
-    target = Path(path)
-    temporary = _temporary_name(target)
-    try:
-        temporary.mkdir()
-        lock = _locked(os.open(temporary, os.O_RDONLY))
-    except OSError as error:
-        raise LoratoolError(f"cannot be written: {error.strerror}", file=str(target)) from error
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)
 
 
@@ -149,7 +140,10 @@ def check_room(folder: Path, nbytes: int) -> None:
     """Raises LoratoolError if a file system has less room than that."""
     if not hasattr(os, "statvfs"):
         return
-    found = os.statvfs(folder)
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return  # there is no such folder: the writing says so
     free = found.f_bavail * found.f_frsize
     if free < nbytes:
         raise LoratoolError(
@@ -257,7 +251,8 @@ def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
     os.replace(temporary, target)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Flushes the names in a folder to the disk, where the system can."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:

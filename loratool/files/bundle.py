@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from loratool.core.adapter import CONFIG, GGUF, MLX, Bundle
 from loratool.core.errors import FormatError, LoratoolError
 from loratool.core.registry import components
 from loratool.core.tensor import LazyTensor
-from loratool.files.atomic import atomic_write
+from loratool.files.atomic import atomic_write, check_room, flush_folder, scratch_folder
 from loratool.files.gguf import is_gguf, read_gguf, write_gguf
 from loratool.files.pickles import is_pickle, read_pickle
 from loratool.files.safetensors import OpenFile, file_size, read_header, write_safetensors
@@ -201,6 +200,7 @@ def write_bundle(
     written.
     """
     place = Path(path)
+    check_room(place.absolute().parent, bundle_size(bundle, folder))
     if not folder:
         with atomic_write(place, overwrite=overwrite) as temporary:
             if bundle.container == GGUF:
@@ -231,11 +231,7 @@ def _write_folder(
     """Writes a folder with one `adapter_model.safetensors` (and config) for each sub-folder that the keys name."""
     if place.exists() and any(place.iterdir()) and not overwrite:
         raise LoratoolError("exists already", file=str(place), hint="use --overwrite to replace it")
-    import tempfile
-
-    temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.loratool-", suffix=".tmp", dir=place.parent))
-    try:
-        temporary.chmod(0o777 & ~_umask())
+    with scratch_folder(place) as temporary:
         for folder, tensors in _by_folder(bundle.tensors).items():
             (temporary / folder).mkdir(parents=True, exist_ok=True)
             name = MLX_MODEL if bundle.container == MLX else MODEL
@@ -248,6 +244,7 @@ def _write_folder(
             check(str(temporary))
         if not place.exists() or not any(place.iterdir()):
             os.replace(temporary, place)
+            flush_folder(place.parent)
             return
         written = set()
         for file in sorted(file for file in temporary.rglob("*") if file.is_file()):
@@ -256,8 +253,8 @@ def _write_folder(
             os.replace(file, target)
             written.add(target)
         _remove_stale(place, written)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for folder_of in {file.parent for file in written}:
+            flush_folder(folder_of)
 
 
 def _remove_stale(place: Path, written: set[Path]) -> None:
@@ -287,9 +284,3 @@ def _side_file(name: str) -> str:
     if file != CONFIG or (folder and not _WORD.fullmatch(folder)):
         raise FormatError(f"a side file is called {name!r}, expected {CONFIG}", hint="the file was tampered with")
     return name
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -12,7 +12,6 @@ from pathlib import Path
 from loratool.core.adapter import Bundle
 from loratool.core.errors import LoratoolError, UsageError
 from loratool.core.tensor import same_bytes
-from loratool.files.atomic import check_room
 from loratool.files.bundle import adapter_files, bundle_size, check_output, read_bundle, write_bundle
 from loratool.files.pickles import is_pickle
 from loratool.ops.headers import with_history
@@ -60,7 +59,6 @@ def resave_file(
         made, folder = _made(bundle, output)
         check_output(output, [os.fspath(path)], folder, overwrite)
         nbytes = bundle_size(made, folder)
-        check_room(Path(output).absolute().parent, nbytes)
         compared = _write(made, output, folder, overwrite, verify, progress)
     except LoratoolError as error:
         raise error.with_file(path) from error.__cause__
