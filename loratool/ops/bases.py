@@ -23,6 +23,7 @@ from loratool.ops.places import (
 from loratool.ops.search import HUB, Base, Entry, NoneFound, Search, SeveralFound, checked
 
 __all__ = [
+    "NONE_FOUND",
     "Added",
     "Base",
     "Listed",
@@ -36,6 +37,10 @@ __all__ = [
     "known_bases",
     "resolve_base",
 ]
+
+
+NONE_FOUND = "none found"
+"""The problem of a model of which there is no checkpoint anywhere."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +232,7 @@ def _listed_model(name: str, search: Search) -> Listed:
     except SeveralFound as error:
         return Listed(name, name, problem=f"{error.count} files, none of them the published one: pick one")
     except NoneFound:
-        return Listed(name, name, problem="none found")
+        return Listed(name, name, problem=NONE_FOUND)
     look = search.look(Path(base.path))
     return Listed(name, name, base.path, look.size_bytes if look else None, base.source)
 

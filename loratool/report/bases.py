@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from loratool.ops.bases import Added, Listed, Listing, Looked, Skipped
+from loratool.ops.bases import NONE_FOUND, Added, Listed, Listing, Looked, Skipped
 from loratool.ops.known_models import models
 from loratool.report.inert import inert
 from loratool.report.units import plural, size
@@ -81,7 +81,12 @@ Facts = Iterator[tuple[str, str, str]]
 
 
 def _names(names: Iterable[Listed]) -> Facts:
+    """Every name that leads somewhere, or should; those of models of which there is nothing in one line."""
+    names = list(names)
+    nothing = [one for one in names if one.problem == NONE_FOUND and one.source is None and one.path is None]
     for one in names:
+        if one in nothing:
+            continue
         title = inert(one.name, _LONGEST_NAME)
         if one.problem is not None:
             problem = one.problem if one.source is None else f"{one.problem} ({one.source})"
@@ -90,6 +95,8 @@ def _names(names: Iterable[Listed]) -> Facts:
             yield title, f"{_model(one.architecture)}, {size(one.size or 0)} ({one.source})", ""
         if one.path is not None:
             yield "", inert(one.path, _LONGEST_PATH), ""
+    if nothing:
+        yield NONE_FOUND, ", ".join(inert(one.name, _LONGEST_NAME) for one in nothing), "dim"
 
 
 def _model(architecture: str | None) -> str:
