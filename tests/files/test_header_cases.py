@@ -1,4 +1,4 @@
-"""Every hostile header of the list, read by both readers in this process: the one that finds and the one that refuses."""
+"""Every hostile header of the list, read in this process by both readers: one that finds, one that refuses."""
 
 from __future__ import annotations
 
