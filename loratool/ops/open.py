@@ -14,6 +14,7 @@ from loratool.core.errors import FormatError, LoratoolError, UnknownModel, Usage
 from loratool.core.identify import what_it_is
 from loratool.core.registry import architectures, layouts
 from loratool.files.bundle import read_bundle
+from loratool.ops import origin
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +65,9 @@ def understand(bundle: Bundle, architecture: Architecture | None = None, layout:
             f"holds no key of an adapter (first key: {next(iter(bundle.tensors), 'none')!r})",
             hint="it is no LoRA, or of a kind that is not known yet",
         )
+    before = _converted_from(bundle, found) if architecture is None and (found.tie or found.others) else None
+    if before is not None:
+        return understand(bundle, before, layout)
     best = found.best
     if architecture is not None and best.architecture not in architecture.sizes:
         raise UnknownModel(
@@ -80,6 +84,14 @@ def understand(bundle: Bundle, architecture: Architecture | None = None, layout:
         note = f"may be for {' or '.join(found.others)} as well, whose names are the same; --architecture tells"
         adapter = replace(adapter, notes=(*adapter.notes, note))
     return Opened(adapter, found)
+
+
+def _converted_from(bundle: Bundle, found: Detection) -> Architecture | None:
+    """The model that a converted file had been taken for, where its names could be several models'."""
+    ticket = origin.decode(bundle.metadata)
+    if ticket is None or ticket.architecture not in {one.architecture.id for one in found.candidates}:
+        return None
+    return architectures().get(ticket.architecture)
 
 
 def layout_named(name: str) -> str:

@@ -62,9 +62,10 @@ def test_voices_that_are_read_name_what_they_should(identifier: str) -> None:
     for model in architectures()[identifier].sizes:
         for layout, components in model.reads.items():
             separator = layouts()[layout].separator
+            resolve = model.resolver(layouts()[layout].voices(model), separator)
             for component, voices in components.items():
                 for voice in voices:
-                    assert_resolved(model, component, voice, separator, model.resolver(layout, separator))
+                    assert_resolved(model, component, voice, separator, resolve)
 
 
 # -- which model, and which size -------------------------------------------------------------------------------------

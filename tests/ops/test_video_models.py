@@ -143,7 +143,7 @@ def test_voices_that_are_read_name_what_they_should() -> None:
         model = architectures()[identifier]
         for layout, components in model.reads.items():
             separator = layouts()[layout].separator
-            resolve = model.resolver(layout, separator)
+            resolve = model.resolver(layouts()[layout].voices(model), separator)
             for component, voices in components.items():
                 for voice in voices:
                     assert_resolved(model, component, voice, separator, resolve)

@@ -162,6 +162,7 @@ def test_flux_separate_modules_into_fused_weights(prefix: str, dtype: torch.dtyp
     base = base_file(tmp_path / "base.safetensors", {prefix + key: shape for key, shape in BFL.items()}, dtype)
     shapes = {f"transformer.{key.removesuffix('.weight')}": shape for key, shape in SEPARATE.items()}
     lora = lora_file(tmp_path / "lora.safetensors", shapes, DIFFUSERS, 8, None)
+    save_file(load_file(lora), lora, {"modelspec.architecture": "flux-1-dev/lora"})  # else it could be several models'
     found = baked(base, [(lora, 0.9)], tmp_path / "baked.safetensors")
     before, update = load_file(base), deltas(lora)
     scale, shift = update["norm_out.linear:scale"].chunk(2)
