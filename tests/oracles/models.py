@@ -342,7 +342,8 @@ def kohya_file(
         tensors[f"{stem}.alpha"] = torch.tensor(alpha)
         if dora:
             tensors[f"{stem}.dora_scale"] = torch.rand(shape[0], 1, *ones, generator=values) + 0.5
-    save_file(tensors, path, {"ss_network_module": "networks.lora"})
+    version = {"sd15": "sd_v1", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}[architecture]
+    save_file(tensors, path, {"ss_network_module": "networks.lora", "ss_base_model_version": version})
     return path
 
 
