@@ -19,7 +19,7 @@ from loratool.core.errors import NotExact
 from loratool.core.family import Factors, Family, Part, Product
 from loratool.core.layout import Layout
 from loratool.core.method import Method, Update
-from loratool.core.naming import kind
+from loratool.core.naming import Naming, kind
 from loratool.core.program import DROPS, EFFECTS, FACTS, IGNORES, REFUSES, SCALES, SCALINGS, Program, When
 from loratool.core.registry import architectures, families, layouts
 from loratool.core.target import Target
@@ -87,13 +87,19 @@ def _check_namings(architecture: Architecture, component: str) -> None:
 
 
 def _check_outline(architecture: Architecture, component: str) -> None:
-    """An outline is smaller than its tables, and has every kind of name of theirs."""
+    """An outline is smaller than its tables, and has every kind of name of theirs in every shape."""
     whole, outline = architecture.namings(component), architecture.outlines[component]()
     assert outline.keys() == whole.keys(), f"{component}: the outline has other namings"
     for naming_id, naming in whole.items():
         assert len(outline[naming_id]) < len(naming), f"{component} {naming_id}: the outline is no smaller"
-        kinds = {kind(name) for name in outline[naming_id]}
-        assert kinds == {kind(name) for name in naming}, f"{component} {naming_id}: kinds that the outline lacks"
+        assert _kinds(outline[naming_id]) == _kinds(naming), f"{component} {naming_id}: kinds that the outline lacks"
+
+
+def _kinds(naming: Naming) -> set[tuple[str, tuple[int, ...]]]:
+    return {
+        (kind(name), (sum(target.rows for target in targets), *targets[0].shape[1:]))
+        for name, targets in naming.items()
+    }
 
 
 def _check_targets(targets: Iterable[Target], component: str) -> None:

@@ -81,6 +81,11 @@ def unet_blocks(spec: UNet, lists: tuple[tuple[str, ...], ...], text_encoders: t
     )
 
 
+def outline(spec: UNet) -> UNet:
+    """One transformer block of each kind and shape."""
+    return spec._replace(depths=tuple(min(1, depth) for depth in spec.depths), mid_depth=min(1, spec.mid_depth))
+
+
 def unet_namings(spec: UNet, component: str = "unet") -> dict[str, Naming]:
     """The `diffusers` (canonical) and `ldm` namings of one UNet."""
     diffusers: dict[str, tuple[Target, ...]] = {}

@@ -167,6 +167,7 @@ ARCHITECTURE = Architecture(
                 "transformer": partial(transformer_namings, LTX_2_3),
                 "connectors": partial(connector_namings, LTX_2_3),
             },
+            outlines={"transformer": partial(transformer_namings, LTX_2_3._replace(layers=1))},
         ),
     ),
     # What LTX-Video 13B has is also here, of the same size: a file without a module for sound is for that one.

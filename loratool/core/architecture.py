@@ -8,7 +8,7 @@ from functools import cache, cached_property, lru_cache
 from typing import Any
 
 from loratool.core.blocks import Blocks
-from loratool.core.naming import Naming, kind
+from loratool.core.naming import Naming
 from loratool.core.target import Target
 
 
@@ -76,13 +76,14 @@ OPEN_NAMING = OpenNaming()
 class Variant:
     """Another size of a model whose programs and spellings are the same: other shapes, other counts of blocks.
 
-    What is empty here is the standard size's. `components` may replace tables or add some.
+    What is empty here is the standard size's. `components` may replace tables or add some, and `outlines` are theirs.
     """
 
     title: str
     components: Mapping[str, Callable[[], Namings]] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
     blocks: Blocks | None = None
+    outlines: Mapping[str, Callable[[], Namings]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +98,9 @@ class Architecture:
     adapter for this model. `blocks` are the parts that block weights may be given for, None where no list of them is
     known. An `open` architecture has no tables: any name is a target. `variants` are its other sizes. `kin` is the id
     of the older model whose names this one kept: a file that may be for either is taken for the older, with a note.
-    `outlines` are the tables of `components` with one block of each kind, where the whole ones are large: a stem of
-    another kind is none of the model's, which is so told without building them. A `sketched` one is only asked that.
+    `outlines` are the tables of `components` with one block of each kind and shape, where the whole ones are large:
+    what a file may at most be is told by them, without building the whole ones. In a `sketched` one a stem names all
+    that has its kind, whatever its numbers.
     `config` is the model's own `config.json`, where a checkpoint's folder has one.
     """
 
@@ -120,8 +122,8 @@ class Architecture:
 
     @cached_property
     def sketch(self) -> Architecture:
-        """This model as far as its outlines go: a stem of a kind that is in there resolves, to no targets."""
-        return replace(self, sketched=True)
+        """This model as far as its outlines go: a stem of a kind that is in there resolves, to one of each shape."""
+        return replace(self, components={**self.components, **self.outlines}, outlines={}, variants=(), sketched=True)
 
     @cached_property
     def sizes(self) -> tuple[Architecture, ...]:
@@ -136,7 +138,7 @@ class Architecture:
             facts={**self.facts, **variant.facts},
             blocks=variant.blocks or self.blocks,
             variants=(),
-            outlines={},  # its names may be of more kinds, and it is only asked when the model is likely
+            outlines={**{c: o for c, o in self.outlines.items() if c not in variant.components}, **variant.outlines},
         )
 
     def namings(self, component: str) -> Namings:
@@ -154,8 +156,7 @@ class Architecture:
 
     def may_name(self, component: str, naming: str, text: str, separator: str) -> bool:
         """Whether `text`, dots written as `separator`, is of a kind that a naming has; True where no outline tells."""
-        outline = self.outlines.get(component)
-        return outline is None or kind(text) in _kinds(outline, naming, separator)
+        return component not in self.outlines or bool(self.sketch.naming(component, naming).alike(text, separator))
 
     def voices(self, layout: str) -> list[tuple[str, Voice]]:
         """Every (component, voice) that `layout` may use for this model, the written ones first."""
@@ -177,11 +178,6 @@ def _built(build: Callable[[], Namings]) -> Namings:
     return build()
 
 
-@cache
-def _kinds(outline: Callable[[], Namings], naming: str, separator: str) -> frozenset[str]:
-    return frozenset(kind(name.replace(".", separator)) for name in _built(outline)[naming])
-
-
 def _resolver(architecture: Architecture, voices: Sequence[tuple[str, Voice]], separator: str) -> Resolver:
     if architecture.open:
 
@@ -201,12 +197,10 @@ def _resolver(architecture: Architecture, voices: Sequence[tuple[str, Voice]], s
             text = stem[len(voice.prefix) :]
             if not architecture.may_name(component, voice.naming, text, separator):
                 continue
-            if architecture.sketched and component in architecture.outlines:
-                found.append(Spoken(component, voice, text, None))
-            else:
-                naming = architecture.naming(component, voice.naming)
-                for name in naming.spelled(text, separator):
-                    found.append(Spoken(component, voice, name, naming[name]))
+            naming = architecture.naming(component, voice.naming)
+            names = naming.alike(text, separator) if architecture.sketched else naming.spelled(text, separator)
+            for name in names:
+                found.append(Spoken(component, voice, name, naming[name]))
         return found
 
     return look_up

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ ENOUGH = 0.5
 
 CLOSE = 0.02
 """Two architectures whose scores differ by less are a tie."""
+
+NEAR = 0.1
+"""What scores less by more than this than the best is not looked at any closer: it is neither a rival nor told."""
 
 WHOLE = 0.5
 """A model of whose blocks the file has by this much more than of another's is preferred to that one."""
@@ -102,12 +106,13 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
             continue
         reading = _Reading(bundle, spelling)
         readings.append(reading)
+        kinds = Counter(_by_kind(stems, spelling.separator).values())
         begun = stems | {stem.rpartition("/")[2] for stem in stems}  # a folder's components have sub-folders
         for table in tables:
             prefixes = spelling.prefixes(table)
             if not any(stem.startswith(prefixes) for stem in begun) or _echo(spelling, table, heard, bundle.metadata):
                 continue
-            known = sum(bool(spelling.resolve(stem, table.sketch, bundle.metadata)) for stem in stems)
+            known = sum(count for stem, count in kinds.items() if spelling.resolve(stem, table.sketch, bundle.metadata))
             if known:
                 shares.append((known / len(stems), reading, table))
     # The standard size of the right model names more than half of what its other sizes name.
@@ -202,6 +207,17 @@ class _Reading:
         groups = self.parsed.groups if self.parsed else {}
         return {stem: _shape(self.bundle, group.by_family) for stem, group in groups.items()}
 
+    @cached_property
+    def total(self) -> int:
+        """Stems, and keys that are of none."""
+        return len(self.parsed.groups) + len(self.parsed.unknown) if self.parsed else 0
+
+    @cached_property
+    def kinds(self) -> Mapping[tuple[str, tuple[int, ...] | None], int]:
+        """One stem, its shape, and how many there are of it, for all stems of a shape that differ in numbers alone."""
+        first = _by_kind(self.shapes, self.layout.separator)
+        return Counter((first[stem], shape) for stem, shape in self.shapes.items())
+
 
 def _open(readings: list[_Reading], candidates: tuple[Candidate, ...], tie: tuple[str, ...]) -> Detection | None:
     found: list[Candidate] = []
@@ -219,19 +235,42 @@ def _open(readings: list[_Reading], candidates: tuple[Candidate, ...], tie: tupl
 
 
 def _ranked(pairs: Iterable[tuple[_Reading, Architecture]]) -> list[Candidate]:
-    """What the readings are as these architectures, the best score first."""
-    found = [candidate for reading, table in pairs for candidate in _best_size(reading, table)]
-    return sorted((c for c in found if c.resolved > 0), key=lambda c: -c.score)
+    """What the readings are as these architectures, each in the size that fits best (the standard one, unless another
+    fits better), the best score first; without those that cannot come near it."""
+    offers: list[tuple[float, int, int, _Reading, Architecture]] = []
+    for place, (reading, table) in enumerate(pairs):
+        promise = _promise(reading, table)
+        for order, size in enumerate(table.sizes):
+            if order and promise < 1:  # else no size can have more
+                promise = _promise(reading, size)
+            offers.append((promise, place, order, reading, size))
+    floor = 0.0
+    best: dict[int, tuple[Candidate, int]] = {}
+    for promise, place, order, reading, size in sorted(offers, key=lambda offer: -offer[0]):
+        own, rank = best.get(place, (None, 0))
+        if promise <= floor or (own is not None and (promise < own.score or (own.perfect and order > rank))):
+            continue
+        for found in _candidates(reading, size):
+            if own is None or (found.score, -order) > (own.score, -rank):
+                best[place] = found, order
+            if found.resolved > ENOUGH:
+                floor = max(floor, found.score - NEAR)
+    found_all = [best[place][0] for place in sorted(best)]
+    return sorted((c for c in found_all if c.resolved > 0), key=lambda c: -c.score)
 
 
-def _best_size(reading: _Reading, architecture: Architecture) -> list[Candidate]:
-    """The reading as the size of a model that it fits best: the standard one, unless another fits better."""
-    found: list[Candidate] = []
-    for size in architecture.sizes:
-        found += _candidates(reading, size)
-        if found and found[-1].perfect:
-            break
-    return [max(found, key=lambda c: c.score)] if found else []
+def _promise(reading: _Reading, size: Architecture) -> float:
+    """The best score that a reading can have as this size, by the kinds and shapes of its outlines alone."""
+    layout, metadata = reading.layout, reading.bundle.metadata
+    named = right = 0
+    for (stem, shape), count in reading.kinds.items():
+        spoken = layout.resolve(stem, size.sketch, metadata)
+        if spoken:
+            named += count
+            if shape is None or any(said.targets and fits(said.targets, shape) for said in spoken):
+                right += count
+    preference = 0.002 * layout.signed(metadata) + 0.001 + 0.0002 * (layout.id in size.writes)
+    return (0.7 * named + 0.3 * right) / reading.total + preference + 1e-9 if named else 0.0
 
 
 def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate]:
@@ -241,7 +280,7 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
         return []
     written = layout.written(architecture)
     published = architecture.checkpoints[0].voices if architecture.checkpoints else {}
-    total = len(parsed.groups) + len(parsed.unknown)
+    total = reading.total
     resolved = plain = own = sized = fitting = 0
     widths: dict[int, Counter[int]] = defaultdict(Counter)
     for stem in parsed.groups:
@@ -278,6 +317,15 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
         layout.id in architecture.writes,
     )
     return [found]
+
+
+def _by_kind(stems: Iterable[str], separator: str) -> dict[str, str]:
+    """For each stem the first one that differs from it in numbers alone, if in anything."""
+    number = re.compile(
+        rf"(?<={re.escape(separator)})\d+(?={re.escape(separator)}|$)"
+    )  # whole parts: `te1` is no `te2`
+    first: dict[str, str] = {}
+    return {stem: first.setdefault(number.sub("#", stem), stem) for stem in stems}
 
 
 def _shape(bundle: Bundle, by_family: Mapping[str, Mapping[str, str]]) -> tuple[int, ...] | None:

@@ -47,6 +47,7 @@ class Naming(Mapping[str, tuple[Target, ...]]):
         self._transposed = transposed
         self._pointwise = pointwise
         self._spellings: dict[str, dict[str, list[str]]] = {}
+        self._alike: dict[str, dict[str, tuple[str, ...]]] = {}
 
     def __getitem__(self, name: str) -> tuple[Target, ...]:
         return self._table[name]
@@ -71,6 +72,17 @@ class Naming(Mapping[str, tuple[Target, ...]]):
                 index.setdefault(name.replace(".", separator), []).append(name)
             self._spellings[separator] = index
         return self._spellings[separator].get(text, ())
+
+    def alike(self, text: str, separator: str) -> Sequence[str]:
+        """Names that read `text` when their dots are written as `separator` and numbers are left out: one of each
+        shape."""
+        if separator not in self._alike:
+            index: dict[str, dict[tuple[int, ...], str]] = {}
+            for name, targets in self._table.items():
+                shape = (sum([target.shape[0] for target in targets]), *targets[0].shape[1:])
+                index.setdefault(kind(name.replace(".", separator)), {}).setdefault(shape, name)
+            self._alike[separator] = {of_kind: tuple(names.values()) for of_kind, names in index.items()}
+        return self._alike[separator].get(kind(text), ())
 
     @cached_property
     def _names(self) -> dict[tuple[Target, ...], str]:
