@@ -188,6 +188,8 @@ def _resolver(architecture: Architecture, voices: Sequence[tuple[str, Voice]], s
 
         return resolve
 
+    asked: dict[tuple[str, str], Naming] = {}
+
     @lru_cache(maxsize=1 << 15)
     def look_up(stem: str) -> Sequence[Spoken]:
         found: list[Spoken] = []
@@ -195,9 +197,11 @@ def _resolver(architecture: Architecture, voices: Sequence[tuple[str, Voice]], s
             if not stem.startswith(voice.prefix):  # most do not: their tables are never built
                 continue
             text = stem[len(voice.prefix) :]
-            if not architecture.may_name(component, voice.naming, text, separator):
-                continue
-            naming = architecture.naming(component, voice.naming)
+            naming = asked.get((component, voice.naming))
+            if naming is None:
+                if not architecture.may_name(component, voice.naming, text, separator):
+                    continue
+                naming = asked[component, voice.naming] = architecture.naming(component, voice.naming)
             names = naming.alike(text, separator) if architecture.sketched else naming.spelled(text, separator)
             for name in names:
                 found.append(Spoken(component, voice, name, naming[name]))

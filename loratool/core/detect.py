@@ -321,9 +321,8 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
 
 def _by_kind(stems: Iterable[str], separator: str) -> dict[str, str]:
     """For each stem the first one that differs from it in numbers alone, if in anything."""
-    number = re.compile(
-        rf"(?<={re.escape(separator)})\d+(?={re.escape(separator)}|$)"
-    )  # whole parts: `te1` is no `te2`
+    dot = re.escape(separator)
+    number = re.compile(rf"(?<={dot})\d+(?={dot}|$)")  # the whole of a part: `te1` is no `te2`
     first: dict[str, str] = {}
     return {stem: first.setdefault(number.sub("#", stem), stem) for stem in stems}
 
