@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from loratool.core.adapter import Bundle
@@ -24,6 +24,9 @@ CLOSE = 0.02
 
 NEAR = 0.1
 """What scores less by more than this than the best is not looked at any closer: it is neither a rival nor told."""
+
+_EXACT = 1e-9
+"""Sums of the same terms in another order differ by less."""
 
 WHOLE = 0.5
 """A model of whose blocks the file has by this much more than of another's is preferred to that one."""
@@ -60,14 +63,23 @@ class Candidate:
     @property
     def score(self) -> float:
         """Names first; sizes tell apart models that share names; written spellings win over aliases."""
+        return self.substance + self.preference
+
+    @property
+    def substance(self) -> float:
+        """What names and sizes come to, whatever the spelling: 1 if all are the standard model's."""
         width = 0.1 * self.consistent + 0.1 * self.proportional
-        return self.resolved * (0.5 + 0.3 * self.fitting + width) + self.preference
+        return self.resolved * (0.5 + 0.3 * self.fitting + width)
 
     @property
     def preference(self) -> float:
         """What decides between spellings that read the same: the program that the header names, the voices that are
         written, and a layout in the architecture's own table before one whose voices are derived."""
-        return 0.002 * self.signed + 0.001 * self.written + 0.0002 * self.table
+        return _preference(self.signed, self.written, self.table)
+
+
+def _preference(signed: bool, written: float, table: bool) -> float:
+    return 0.002 * signed + 0.001 * written + 0.0002 * table
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,43 +246,78 @@ def _open(readings: list[_Reading], candidates: tuple[Candidate, ...], tie: tupl
     return None
 
 
+@dataclass(frozen=True, eq=False)
+class _Offer:
+    """A reading as one size of a model, the `rank`th of table `place`, and the most that it can come to."""
+
+    place: int
+    rank: int
+    reading: _Reading
+    size: Architecture
+    substance: float
+    preference: float
+    own: bool
+
+    @property
+    def score(self) -> float:
+        return self.substance + self.preference
+
+    def hopeless(self, best: Candidate | None, rank: int) -> bool:
+        """Whether `best`, of the same table in its size `rank`, is at least as good; the spelling is the same."""
+        if best is None:
+            return False
+        gain = self.substance - best.substance
+        return gain < -_EXACT or (self.rank > rank and gain <= _EXACT)
+
+    def echoed(self, found: Candidate) -> bool:
+        """Whether the same model in another spelling is at least as good, so that this one would be second anyway."""
+        return found.architecture.id == self.size.id and found.score >= self.score - _EXACT and found.own >= self.own
+
+
+def _offers(reading: _Reading, table: Architecture, place: int) -> list[_Offer]:
+    """Every size of a model, measured by the kinds and shapes of its outlines alone."""
+    layout, metadata = reading.layout, reading.bundle.metadata
+    written = layout.written(table)
+    published = table.checkpoints[0].voices if table.checkpoints else {}
+    offers: list[_Offer] = []
+    for rank, size in enumerate(table.sizes):
+        if rank and offers[0].substance >= 1:
+            offers.append(replace(offers[0], rank=rank, size=size))  # no size can have more: nothing is built
+            continue
+        named = right = 0
+        plain = own = False
+        for (stem, shape), count in reading.kinds.items():
+            spoken = layout.resolve(stem, size.sketch, metadata)
+            if spoken:
+                named += count
+                right += count * (shape is None or any(said.targets and fits(said.targets, shape) for said in spoken))
+                plain = plain or any(written.get(said.component) == said.voice for said in spoken)
+                own = own or any(published.get(said.component) == said.voice for said in spoken)
+        substance = (0.7 * named + 0.3 * right) / reading.total if named else 0.0
+        preference = _preference(layout.signed(metadata), float(plain), layout.id in table.writes)
+        offers.append(_Offer(place, rank, reading, size, substance, preference, own))
+    return offers
+
+
 def _ranked(pairs: Iterable[tuple[_Reading, Architecture]]) -> list[Candidate]:
     """What the readings are as these architectures, each in the size that fits best (the standard one, unless another
     fits better), the best score first; without those that cannot come near it."""
-    offers: list[tuple[float, int, int, _Reading, Architecture]] = []
-    for place, (reading, table) in enumerate(pairs):
-        promise = _promise(reading, table)
-        for order, size in enumerate(table.sizes):
-            if order and promise < 1:  # else no size can have more
-                promise = _promise(reading, size)
-            offers.append((promise, place, order, reading, size))
+    offers = [one for place, pair in enumerate(pairs) for one in _offers(*pair, place)]
     floor = 0.0
     best: dict[int, tuple[Candidate, int]] = {}
-    for promise, place, order, reading, size in sorted(offers, key=lambda offer: -offer[0]):
-        own, rank = best.get(place, (None, 0))
-        if promise <= floor or (own is not None and (promise < own.score or (own.perfect and order > rank))):
+    for offer in sorted(offers, key=lambda one: -one.score):
+        own, rank = best.get(offer.place, (None, 0))
+        if not offer.substance or offer.score <= floor or offer.hopeless(own, rank):
             continue
-        for found in _candidates(reading, size):
-            if own is None or (found.score, -order) > (own.score, -rank):
-                best[place] = found, order
+        if any(offer.echoed(found) for found, _ in best.values()):
+            continue
+        for found in _candidates(offer.reading, offer.size):
+            if own is None or (found.score, -offer.rank) > (own.score, -rank):
+                best[offer.place] = found, offer.rank
             if found.resolved > ENOUGH:
                 floor = max(floor, found.score - NEAR)
-    found_all = [best[place][0] for place in sorted(best)]
-    return sorted((c for c in found_all if c.resolved > 0), key=lambda c: -c.score)
-
-
-def _promise(reading: _Reading, size: Architecture) -> float:
-    """The best score that a reading can have as this size, by the kinds and shapes of its outlines alone."""
-    layout, metadata = reading.layout, reading.bundle.metadata
-    named = right = 0
-    for (stem, shape), count in reading.kinds.items():
-        spoken = layout.resolve(stem, size.sketch, metadata)
-        if spoken:
-            named += count
-            if shape is None or any(said.targets and fits(said.targets, shape) for said in spoken):
-                right += count
-    preference = 0.002 * layout.signed(metadata) + 0.001 + 0.0002 * (layout.id in size.writes)
-    return (0.7 * named + 0.3 * right) / reading.total + preference + 1e-9 if named else 0.0
+    ranked = [best[place][0] for place in sorted(best)]
+    return sorted((c for c in ranked if c.resolved > 0), key=lambda c: -c.score)
 
 
 def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate]:
