@@ -106,7 +106,9 @@ def _blocks(spec: WanTransformer) -> Blocks:
 
 
 def _variant(title: str, spec: WanTransformer) -> Variant:
-    return Variant(title, _experts(spec), blocks=_blocks(spec), outlines=_experts(spec._replace(layers=1)))
+    return Variant(
+        title, _experts(spec), blocks=_blocks(spec), outlines=_experts(spec._replace(layers=1, vace=min(1, spec.vace)))
+    )
 
 
 def _experts(spec: WanTransformer) -> dict[str, Callable[[], Namings]]:

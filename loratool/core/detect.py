@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from loratool.core.adapter import Bundle
-from loratool.core.architecture import Architecture, Spoken
+from loratool.core.architecture import Architecture, Spoken, Voice
 from loratool.core.errors import FormatError
 from loratool.core.layout import Layout, Parsed, fits
 from loratool.core.naming import kind
@@ -226,9 +226,9 @@ class _Reading:
 
     @cached_property
     def kinds(self) -> Mapping[tuple[str, tuple[int, ...] | None], int]:
-        """One stem, its shape, and how many there are of it, for all stems of a shape that differ in numbers alone."""
-        first = _by_kind(self.shapes, self.layout.separator)
-        return Counter((first[stem], shape) for stem, shape in self.shapes.items())
+        """How many stems there are of each kind and shape, numbers aside; see `_by_kind`."""
+        kinds = _by_kind(self.shapes, self.layout.separator)
+        return Counter((kinds[stem], shape) for stem, shape in self.shapes.items())
 
 
 def _open(readings: list[_Reading], candidates: tuple[Candidate, ...], tie: tuple[str, ...]) -> Detection | None:
@@ -291,8 +291,8 @@ def _offers(reading: _Reading, table: Architecture, place: int) -> list[_Offer]:
             if spoken:
                 named += count
                 right += count * (shape is None or any(said.targets and fits(said.targets, shape) for said in spoken))
-                plain = plain or any(written.get(said.component) == said.voice for said in spoken)
-                own = own or any(published.get(said.component) == said.voice for said in spoken)
+                plain = plain or _is_said(spoken, written)
+                own = own or _is_said(spoken, published)
         substance = (0.7 * named + 0.3 * right) / reading.total if named else 0.0
         preference = _preference(layout.signed(metadata), float(plain), layout.id in table.writes)
         offers.append(_Offer(place, rank, reading, size, substance, preference, own))
@@ -328,22 +328,27 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
     written = layout.written(architecture)
     published = architecture.checkpoints[0].voices if architecture.checkpoints else {}
     total = reading.total
-    resolved = plain = own = sized = fitting = 0
-    widths: dict[int, Counter[int]] = defaultdict(Counter)
+    resolved = plain = own = fitting = 0
+    alike: dict[object, tuple[Sequence[Spoken], tuple[int, ...]]] = {}
+    counts: Counter[object] = Counter()
     for stem in parsed.groups:
         spoken = layout.resolve(stem, architecture, metadata)
         if not spoken:
             continue
         resolved += 1
-        plain += any(written.get(said.component) == said.voice for said in spoken)
-        own += any(published.get(said.component) == said.voice for said in spoken)
+        plain += _is_said(spoken, written)
+        own += _is_said(spoken, published)
         shape = None if architecture.open else reading.shapes[stem]
-        if shape is None:
-            continue
-        sized += 1
+        if shape is not None:
+            sizes = shape, *[tuple([target.shape for target in said.targets or ()]) for said in spoken]
+            alike.setdefault(sizes, (spoken, shape))
+            counts[sizes] += 1
+    widths: dict[int, Counter[int]] = defaultdict(Counter)
+    for sizes, (spoken, shape) in alike.items():
         best = next((said for said in spoken if said.targets and fits(said.targets, shape)), None)
-        fitting += best is not None
-        _note_widths(best or spoken[0], shape, widths)
+        fitting += counts[sizes] * (best is not None)
+        _note_widths(best or spoken[0], shape, widths, counts[sizes])
+    sized = sum(counts.values())
     agreeing = sum(counter.most_common(1)[0][1] for counter in widths.values())
     noted = sum(sum(counter.values()) for counter in widths.values())
     factors: Counter[float] = Counter()
@@ -366,12 +371,20 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
     return [found]
 
 
+def _is_said(spoken: Sequence[Spoken], voices: Mapping[str, Voice]) -> bool:
+    """Whether a stem can be of one of these voices."""
+    for said in spoken:
+        voice = voices.get(said.component)
+        if voice is said.voice or voice == said.voice:  # the first is faster, and most often true
+            return True
+    return False
+
+
 def _by_kind(stems: Iterable[str], separator: str) -> dict[str, str]:
-    """For each stem the first one that differs from it in numbers alone, if in anything."""
+    """Each stem with 0 for every number in it: one for all that differ in numbers alone."""
     dot = re.escape(separator)
     number = re.compile(rf"(?<={dot})\d+(?={dot}|$)")  # the whole of a part: `te1` is no `te2`
-    first: dict[str, str] = {}
-    return {stem: first.setdefault(number.sub("#", stem), stem) for stem in stems}
+    return {stem: number.sub("0", stem) for stem in stems}
 
 
 def _shape(bundle: Bundle, by_family: Mapping[str, Mapping[str, str]]) -> tuple[int, ...] | None:
@@ -384,10 +397,10 @@ def _shape(bundle: Bundle, by_family: Mapping[str, Mapping[str, str]]) -> tuple[
     return None
 
 
-def _note_widths(said: Spoken, shape: tuple[int, ...], widths: dict[int, Counter[int]]) -> None:
+def _note_widths(said: Spoken, shape: tuple[int, ...], widths: dict[int, Counter[int]], count: int) -> None:
     """Notes which size of the file stands for which size of the standard model (another width: one for one)."""
     assert said.targets is not None
-    widths[sum(target.rows for target in said.targets)][shape[0]] += 1
+    widths[sum(target.rows for target in said.targets)][shape[0]] += count
     standard = squeezed(said.targets[0].shape)
     if len(shape) > 1 and len(standard) > 1:
-        widths[standard[1]][shape[1]] += 1
+        widths[standard[1]][shape[1]] += count

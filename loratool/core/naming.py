@@ -79,7 +79,9 @@ class Naming(Mapping[str, tuple[Target, ...]]):
         if separator not in self._alike:
             index: dict[str, dict[tuple[int, ...], str]] = {}
             for name, targets in self._table.items():
-                shape = (sum([target.shape[0] for target in targets]), *targets[0].shape[1:])
+                shape = targets[0].shape
+                if len(targets) > 1:
+                    shape = (sum([target.shape[0] for target in targets]), *shape[1:])
                 index.setdefault(kind(name.replace(".", separator)), {}).setdefault(shape, name)
             self._alike[separator] = {of_kind: tuple(names.values()) for of_kind, names in index.items()}
         return self._alike[separator].get(kind(text), ())
