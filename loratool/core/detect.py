@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from loratool.core.adapter import Bundle
 from loratool.core.architecture import Architecture, Spoken, Voice
@@ -235,7 +236,10 @@ def _open(readings: list[_Reading], candidates: tuple[Candidate, ...], tie: tupl
     found: list[Candidate] = []
     for reading in readings:
         for architecture in architectures().values():
-            if architecture.open and reading.layout.voices(architecture):
+            if not architecture.open or not reading.layout.voices(architecture):
+                continue
+            signed, table = reading.layout.signed(reading.bundle.metadata), reading.layout.id in architecture.writes
+            if 1 + _preference(signed, 1.0, table) > max([c.resolved + c.preference for c in found], default=0.0):
                 found += _candidates(reading, architecture)
     found = sorted((c for c in found if c.resolved > 0), key=lambda c: -(c.resolved + c.preference))
     if found:
@@ -320,6 +324,10 @@ def _ranked(pairs: Iterable[tuple[_Reading, Architecture]]) -> list[Candidate]:
     return sorted((c for c in ranked if c.resolved > 0), key=lambda c: -c.score)
 
 
+_Sizes = tuple[tuple[Any, ...], ...]
+"""The shape of an update, and those of the targets of everything that it may be of."""
+
+
 def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate]:
     """The reading as one architecture; none where its keys contradict each other."""
     layout, parsed, metadata = reading.layout, reading.parsed, reading.bundle.metadata
@@ -329,8 +337,8 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
     published = architecture.checkpoints[0].voices if architecture.checkpoints else {}
     total = reading.total
     resolved = plain = own = fitting = 0
-    alike: dict[object, tuple[Sequence[Spoken], tuple[int, ...]]] = {}
-    counts: Counter[object] = Counter()
+    alike: dict[_Sizes, tuple[Sequence[Spoken], tuple[int, ...]]] = {}
+    counts: Counter[_Sizes] = Counter()
     for stem in parsed.groups:
         spoken = layout.resolve(stem, architecture, metadata)
         if not spoken:
@@ -340,7 +348,7 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
         own += _is_said(spoken, published)
         shape = None if architecture.open else reading.shapes[stem]
         if shape is not None:
-            sizes = shape, *[tuple([target.shape for target in said.targets or ()]) for said in spoken]
+            sizes: _Sizes = shape, *[tuple([target.shape for target in said.targets or ()]) for said in spoken]
             alike.setdefault(sizes, (spoken, shape))
             counts[sizes] += 1
     widths: dict[int, Counter[int]] = defaultdict(Counter)
