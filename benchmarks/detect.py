@@ -1,7 +1,8 @@
 """Cold detection: which model and spelling a file of up to 2,000 keys is, over all tables, in a process that has built
 none; CPU time, for every architecture in each of its sizes and in every layout that is written for it.
 
-Each measurement is a process of its own, forked before any table is imported. What is not measured: reading the header.
+Each measurement is a process of its own, forked before any table is imported, that collects garbage as seldom as the
+program does. What is not measured: reading the header.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from _measure import Budget, folder, verdict
 
+import loratool.cli  # noqa: F401  # as the program, which sets how often garbage is collected
 from loratool.core import detect
 from loratool.core.adapter import Bundle
 from loratool.core.architecture import Architecture

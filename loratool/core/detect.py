@@ -120,14 +120,14 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
         reading = _Reading(bundle, spelling)
         readings.append(reading)
         kinds = Counter(_by_kind(stems, spelling.separator).values())
-        begun = stems | {stem.rpartition("/")[2] for stem in stems}  # a folder's components have sub-folders
+        begun = {*kinds, *(stem.rpartition("/")[2] for stem in kinds)}  # a folder's components have sub-folders
         for table in tables:
             prefixes = spelling.prefixes(table)
             if not any(stem.startswith(prefixes) for stem in begun) or _echo(spelling, table, heard, bundle.metadata):
                 continue
-            known = sum(count for stem, count in kinds.items() if spelling.resolve(stem, table.sketch, bundle.metadata))
-            if known:
-                shares.append((known / len(stems), reading, table))
+            share = _share(reading, kinds, table)
+            if share:
+                shares.append((share, reading, table))
     # The standard size of the right model names more than half of what its other sizes name.
     likely = ENOUGH * max([share for share, *_ in shares], default=0.0)
     candidates = _ranked((reading, table) for share, reading, table in shares if share >= max(likely, ENOUGH / 2))
@@ -145,6 +145,19 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
             return Detection(best, tuple(candidates), others=others)
         return _open(readings, tuple(candidates), tuple(dict.fromkeys(c.architecture.id for c in rivals)))
     return _open(readings, tuple(candidates), ())
+
+
+def _share(reading: _Reading, kinds: Counter[str], table: Architecture) -> float:
+    """Of a sample of stems, counted by kind, the share that is of a kind that a model has. 0 where that is less than a
+    quarter, and none of the frequent kinds."""
+    known, left = 0, kinds.total()
+    least = ENOUGH / 2 * left
+    for stem, count in kinds.most_common():
+        if not known and left < least:
+            return 0.0
+        left -= count
+        known += count * bool(reading.layout.resolve(stem, table.sketch, reading.bundle.metadata))
+    return known / kinds.total()
 
 
 def _echo(layout: Layout, table: Architecture, heard: Mapping[Layout, set[str]], metadata: Mapping[str, str]) -> bool:
