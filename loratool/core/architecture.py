@@ -8,7 +8,7 @@ from functools import cache, cached_property, lru_cache
 from typing import Any
 
 from loratool.core.blocks import Blocks
-from loratool.core.naming import Naming
+from loratool.core.naming import Naming, kind
 from loratool.core.target import Target
 
 
@@ -123,6 +123,8 @@ class Architecture:
     @cached_property
     def sketch(self) -> Architecture:
         """This model as far as its outlines go: a stem of a kind that is in there resolves, to one of each shape."""
+        if self.sketched:
+            return self
         return replace(self, components={**self.components, **self.outlines}, outlines={}, variants=(), sketched=True)
 
     @cached_property
@@ -154,10 +156,6 @@ class Architecture:
         """One naming of one component; KeyError if there is none."""
         return OPEN_NAMING if self.open else self.namings(component)[naming]
 
-    def may_name(self, component: str, naming: str, text: str, separator: str) -> bool:
-        """Whether `text`, dots written as `separator`, is of a kind that a naming has; True where no outline tells."""
-        return component not in self.outlines or bool(self.sketch.naming(component, naming).alike(text, separator))
-
     def voices(self, layout: str) -> list[tuple[str, Voice]]:
         """Every (component, voice) that `layout` may use for this model, the written ones first."""
         spoken = list(self.writes.get(layout, {}).items())
@@ -188,7 +186,14 @@ def _resolver(architecture: Architecture, voices: Sequence[tuple[str, Voice]], s
 
         return resolve
 
-    asked: dict[tuple[str, str], Naming] = {}
+    whole: dict[tuple[str, str], Naming] = {}
+    kinds: dict[tuple[str, str], Mapping[str, Sequence[str]]] = {}
+
+    def may_name(asked: tuple[str, str], text: str) -> Sequence[str]:
+        """Names of the outline that are alike; none if `text` is no name of the model."""
+        if asked not in kinds:
+            kinds[asked] = architecture.sketch.naming(*asked).kinds(separator)
+        return kinds[asked].get(kind(text), ())
 
     @lru_cache(maxsize=1 << 15)
     def look_up(stem: str) -> Sequence[Spoken]:
@@ -196,14 +201,13 @@ def _resolver(architecture: Architecture, voices: Sequence[tuple[str, Voice]], s
         for component, voice in voices:
             if not stem.startswith(voice.prefix):  # most do not: their tables are never built
                 continue
-            text = stem[len(voice.prefix) :]
-            naming = asked.get((component, voice.naming))
+            text, asked = stem[len(voice.prefix) :], (component, voice.naming)
+            naming = whole.get(asked)
             if naming is None:
-                if not architecture.may_name(component, voice.naming, text, separator):
+                if component in architecture.outlines and not may_name(asked, text):
                     continue
-                naming = asked[component, voice.naming] = architecture.naming(component, voice.naming)
-            names = naming.alike(text, separator) if architecture.sketched else naming.spelled(text, separator)
-            for name in names:
+                naming = whole[asked] = architecture.naming(*asked)
+            for name in may_name(asked, text) if architecture.sketched else naming.spelled(text, separator):
                 found.append(Spoken(component, voice, name, naming[name]))
         return found
 

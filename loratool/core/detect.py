@@ -231,7 +231,8 @@ class _Reading:
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...] | None]:
         groups = self.parsed.groups if self.parsed else {}
-        return {stem: _shape(self.bundle, group.by_family) for stem, group in groups.items()}
+        known: dict[object, tuple[int, ...] | None] = {}
+        return {stem: _shape(self.bundle, group.by_family, known) for stem, group in groups.items()}
 
     @cached_property
     def total(self) -> int:
@@ -408,13 +409,19 @@ def _by_kind(stems: Iterable[str], separator: str) -> dict[str, str]:
     return {stem: number.sub("0", stem) for stem in stems}
 
 
-def _shape(bundle: Bundle, by_family: Mapping[str, Mapping[str, str]]) -> tuple[int, ...] | None:
-    """Shape of a group's update if its family is known and its factors fit each other."""
+def _shape(
+    bundle: Bundle, by_family: Mapping[str, Mapping[str, str]], known: dict[object, tuple[int, ...] | None]
+) -> tuple[int, ...] | None:
+    """Shape of a group's update if its family is known and its factors fit each other; `known` are those so far."""
     for family_id, roles in by_family.items():
-        family = families().get(family_id)
         shapes = {role: bundle.tensors[key].shape for role, key in roles.items()}
-        if family is not None and family.problem(shapes) is None:
-            return family.shape(shapes)
+        factors = family_id, *shapes.items()
+        if factors not in known:
+            family = families().get(family_id)
+            fit = family is not None and family.problem(shapes) is None
+            known[factors] = family.shape(shapes) if family is not None and fit else None
+        if known[factors] is not None:
+            return known[factors]
     return None
 
 

@@ -47,7 +47,7 @@ class Naming(Mapping[str, tuple[Target, ...]]):
         self._transposed = transposed
         self._pointwise = pointwise
         self._spellings: dict[str, dict[str, list[str]]] = {}
-        self._alike: dict[str, dict[str, tuple[str, ...]]] = {}
+        self._kinds: dict[str, Mapping[str, Sequence[str]]] = {}
 
     def __getitem__(self, name: str) -> tuple[Target, ...]:
         return self._table[name]
@@ -73,18 +73,17 @@ class Naming(Mapping[str, tuple[Target, ...]]):
             self._spellings[separator] = index
         return self._spellings[separator].get(text, ())
 
-    def alike(self, text: str, separator: str) -> Sequence[str]:
-        """Names that read `text` when their dots are written as `separator` and numbers are left out: one of each
-        shape."""
-        if separator not in self._alike:
+    def kinds(self, separator: str) -> Mapping[str, Sequence[str]]:
+        """Kind of name, dots written as `separator` -> names of that kind, one of each shape."""
+        if separator not in self._kinds:
             index: dict[str, dict[tuple[int, ...], str]] = {}
             for name, targets in self._table.items():
                 shape = targets[0].shape
                 if len(targets) > 1:
                     shape = (sum([target.shape[0] for target in targets]), *shape[1:])
                 index.setdefault(kind(name.replace(".", separator)), {}).setdefault(shape, name)
-            self._alike[separator] = {of_kind: tuple(names.values()) for of_kind, names in index.items()}
-        return self._alike[separator].get(kind(text), ())
+            self._kinds[separator] = {of_kind: tuple(names.values()) for of_kind, names in index.items()}
+        return self._kinds[separator]
 
     @cached_property
     def _names(self) -> dict[tuple[Target, ...], str]:
