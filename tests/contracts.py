@@ -35,8 +35,21 @@ def check_architecture(architecture: Architecture) -> None:
     and no two sizes are the same."""
     for size in architecture.sizes:
         _check_size(size)
+    for size in architecture.sizes[1:]:
+        if size.blocks is architecture.blocks and size.blocks is not None:
+            _check_as_many_blocks(architecture, size)
     assert len({size.title for size in architecture.sizes}) == len(architecture.sizes), "two sizes with one title"
     assert len({size.targets for size in architecture.sizes}) == len(architecture.sizes), "two sizes that are the same"
+
+
+def _check_as_many_blocks(standard: Architecture, size: Architecture) -> None:
+    """Detection takes it that a size with the standard's blocks has the same names of every kind that both have."""
+    for component in standard.components:
+        for naming_id, naming in standard.namings(component).items():
+            other = size.namings(component)[naming_id]
+            shared = {kind(name) for name in naming} & {kind(name) for name in other}
+            ours, theirs = ({name for name in table if kind(name) in shared} for table in (naming, other))
+            assert ours == theirs, f"{size.title}, {component} {naming_id}: other blocks, but no `blocks` of its own"
 
 
 def _check_size(architecture: Architecture) -> None:

@@ -298,12 +298,14 @@ def _offers(reading: _Reading, table: Architecture, place: int) -> list[_Offer]:
     written = layout.written(table)
     published = table.checkpoints[0].voices if table.checkpoints else {}
     offers: list[_Offer] = []
+    standard: list[object] = []
     for rank, size in enumerate(table.sizes):
         if rank and offers[0].substance >= 1:
             offers.append(replace(offers[0], rank=rank, size=size))  # no size can have more: nothing is built
             continue
         named = right = 0
         plain = own = False
+        told: list[object] = []
         for (stem, shape), count in reading.kinds.items():
             spoken = layout.resolve(stem, size.sketch, metadata)
             if spoken:
@@ -311,6 +313,11 @@ def _offers(reading: _Reading, table: Architecture, place: int) -> list[_Offer]:
                 right += count * (shape is None or any(said.targets and fits(said.targets, shape) for said in spoken))
                 plain = plain or _is_said(spoken, written)
                 own = own or _is_said(spoken, published)
+            told.append([(one.component, one.voice.naming, *[t.shape for t in one.targets or ()]) for one in spoken])
+        if not rank:
+            standard = told
+        elif told == standard and size.blocks is not None and size.blocks is table.blocks:
+            continue  # as many blocks, and the same in them: what the file holds is in both
         substance = (0.7 * named + 0.3 * right) / reading.total if named else 0.0
         preference = _preference(layout.signed(metadata), float(plain), layout.id in table.writes)
         offers.append(_Offer(place, rank, reading, size, substance, preference, own))
