@@ -99,8 +99,8 @@ class Architecture:
     known. An `open` architecture has no tables: any name is a target. `variants` are its other sizes. `kin` is the id
     of the older model whose names this one kept: a file that may be for either is taken for the older, with a note.
     `outlines` are the tables of `components` with one block of each kind and shape, where the whole ones are large:
-    what a file may at most be is told by them, without building the whole ones. In a `sketched` one a stem names all
-    that has its kind, whatever its numbers.
+    what a file may at most be is told by them, without building the whole ones. In the sketch of another
+    one (`sketch_of`) a stem names all that has its kind, whatever its numbers.
     `config` is the model's own `config.json`, where a checkpoint's folder has one.
     """
 
@@ -118,14 +118,19 @@ class Architecture:
     kin: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     outlines: Mapping[str, Callable[[], Namings]] = field(default_factory=dict)
-    sketched: bool = False
+    sketch_of: Architecture | None = None
 
     @cached_property
     def sketch(self) -> Architecture:
         """This model as far as its outlines go: a stem of a kind that is in there resolves, to one of each shape."""
-        if self.sketched:
+        if self.sketch_of is not None:
             return self
-        return replace(self, components={**self.components, **self.outlines}, outlines={}, variants=(), sketched=True)
+        return replace(self, components={**self.components, **self.outlines}, outlines={}, variants=(), sketch_of=self)
+
+    @property
+    def whole(self) -> Architecture:
+        """This model; the one that this is the sketch of."""
+        return self.sketch_of or self
 
     @cached_property
     def sizes(self) -> tuple[Architecture, ...]:
@@ -207,7 +212,7 @@ def _resolver(architecture: Architecture, voices: Sequence[tuple[str, Voice]], s
                 if component in architecture.outlines and not may_name(asked, text):
                     continue
                 naming = whole[asked] = architecture.naming(*asked)
-            for name in may_name(asked, text) if architecture.sketched else naming.spelled(text, separator):
+            for name in may_name(asked, text) if architecture.sketch_of else naming.spelled(text, separator):
                 found.append(Spoken(component, voice, name, naming[name]))
         return found
 
