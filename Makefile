@@ -31,6 +31,7 @@ test: check
 
 bench: $(STAMP)
 	$(VENV)/bin/python benchmarks/info.py
+	$(VENV)/bin/python benchmarks/detect.py
 	$(VENV)/bin/python benchmarks/convert.py
 	$(VENV)/bin/python benchmarks/resize.py
 	$(VENV)/bin/python benchmarks/merge.py

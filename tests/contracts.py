@@ -19,7 +19,7 @@ from loratool.core.errors import NotExact
 from loratool.core.family import Factors, Family, Part, Product
 from loratool.core.layout import Layout
 from loratool.core.method import Method, Update
-from loratool.core.naming import kind
+from loratool.core.naming import Naming, kind
 from loratool.core.program import DROPS, EFFECTS, FACTS, IGNORES, REFUSES, SCALES, SCALINGS, Program, When
 from loratool.core.registry import architectures, families, layouts
 from loratool.core.target import Target
@@ -35,8 +35,21 @@ def check_architecture(architecture: Architecture) -> None:
     and no two sizes are the same."""
     for size in architecture.sizes:
         _check_size(size)
+    for size in architecture.sizes[1:]:
+        if size.blocks is architecture.blocks and size.blocks is not None:
+            _check_as_many_blocks(architecture, size)
     assert len({size.title for size in architecture.sizes}) == len(architecture.sizes), "two sizes with one title"
     assert len({size.targets for size in architecture.sizes}) == len(architecture.sizes), "two sizes that are the same"
+
+
+def _check_as_many_blocks(standard: Architecture, size: Architecture) -> None:
+    """Detection takes it that a size with the standard's blocks has the same names of every kind that both have."""
+    for component in standard.components:
+        for naming_id, naming in standard.namings(component).items():
+            other = size.namings(component)[naming_id]
+            shared = {kind(name) for name in naming} & {kind(name) for name in other}
+            ours, theirs = ({name for name in table if kind(name) in shared} for table in (naming, other))
+            assert ours == theirs, f"{size.title}, {component} {naming_id}: other blocks, but no `blocks` of its own"
 
 
 def _check_size(architecture: Architecture) -> None:
@@ -87,13 +100,19 @@ def _check_namings(architecture: Architecture, component: str) -> None:
 
 
 def _check_outline(architecture: Architecture, component: str) -> None:
-    """An outline is smaller than its tables, and has every kind of name of theirs."""
+    """An outline is smaller than its tables, and has every kind of name of theirs in every shape."""
     whole, outline = architecture.namings(component), architecture.outlines[component]()
     assert outline.keys() == whole.keys(), f"{component}: the outline has other namings"
     for naming_id, naming in whole.items():
         assert len(outline[naming_id]) < len(naming), f"{component} {naming_id}: the outline is no smaller"
-        kinds = {kind(name) for name in outline[naming_id]}
-        assert kinds == {kind(name) for name in naming}, f"{component} {naming_id}: kinds that the outline lacks"
+        assert _kinds(outline[naming_id]) == _kinds(naming), f"{component} {naming_id}: kinds that the outline lacks"
+
+
+def _kinds(naming: Naming) -> set[tuple[str, tuple[int, ...]]]:
+    return {
+        (kind(name), (sum(target.rows for target in targets), *targets[0].shape[1:]))
+        for name, targets in naming.items()
+    }
 
 
 def _check_targets(targets: Iterable[Target], component: str) -> None:

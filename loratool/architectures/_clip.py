@@ -33,6 +33,11 @@ def clip_l_namings() -> dict[str, Naming]:
     return clip_namings(CLIP_L, "text_encoder")
 
 
+def clip_l_outline() -> dict[str, Naming]:
+    """The outline of `clip_l_namings`, shared as they are."""
+    return clip_namings(CLIP_L._replace(layers=1), "text_encoder")
+
+
 def clip_namings(spec: ClipText, component: str) -> dict[str, Naming]:
     """The namings `hf` (canonical) and `hf-short`.
 

@@ -18,7 +18,8 @@ class UNet(NamedTuple):
 
     `widths` are the channels of each level from the outside in, `depths` the transformer blocks of
     each level (0: no attention there), `mid_depth` those of the middle block. `context` is the width
-    of the text embeddings; `added` that of the pooled and size embeddings (0: there are none).
+    of the text embeddings; `added` that of the pooled and size embeddings (0: there are none). `every` is False where
+    only the first layer of a level has its attention, as in an outline.
     """
 
     widths: tuple[int, ...]
@@ -29,6 +30,7 @@ class UNet(NamedTuple):
     added: int = 0
     channels: int = 4
     layers: int = 2
+    every: bool = True
 
     @property
     def time(self) -> int:
@@ -81,6 +83,11 @@ def unet_blocks(spec: UNet, lists: tuple[tuple[str, ...], ...], text_encoders: t
     )
 
 
+def outline(spec: UNet) -> UNet:
+    """One transformer block of each kind and shape."""
+    return spec._replace(depths=tuple(min(1, depth) for depth in spec.depths), mid_depth=1, every=False)
+
+
 def unet_namings(spec: UNet, component: str = "unet") -> dict[str, Naming]:
     """The `diffusers` (canonical) and `ldm` namings of one UNet."""
     diffusers: dict[str, tuple[Target, ...]] = {}
@@ -118,7 +125,7 @@ def _down(spec: UNet, skips: list[int]) -> Iterator[Row]:
         for layer in range(spec.layers):
             index += 1
             yield from _resnet(f"{block}.resnets.{layer}", f"input_blocks.{index}.0", width, out, spec.time)
-            if depth := spec.depths[level]:
+            if (depth := spec.depths[level]) and (spec.every or not layer):
                 attention = f"{block}.attentions.{layer}"
                 yield from _attention(attention, f"input_blocks.{index}.1", out, depth, spec)
             width = out
@@ -146,7 +153,7 @@ def _up(spec: UNet, skips: list[int]) -> Iterator[Row]:
             index += 1
             size = width + skips.pop()
             yield from _resnet(f"{block}.resnets.{layer}", f"output_blocks.{index}.0", size, out, spec.time)
-            if depth:
+            if depth and (spec.every or not layer):
                 attention = f"{block}.attentions.{layer}"
                 yield from _attention(attention, f"output_blocks.{index}.1", out, depth, spec)
             width = out

@@ -31,7 +31,10 @@ ARCHITECTURE = Architecture(
     writes=VOICES.writes,
     reads=VOICES.reads,
     checkpoints=VOICES.checkpoints,
-    outlines={"transformer": partial(transformer_namings, TRANSFORMER._replace(double=1, single=1))},
+    outlines={
+        "transformer": partial(transformer_namings, TRANSFORMER._replace(double=1, single=1)),
+        "text_encoder": partial(t5_namings, T5_XXL._replace(layers=1), "text_encoder"),
+    },
     facts={
         "ss_network_module": "networks.lora_flux",
         "ss_base_model_version": "chroma",

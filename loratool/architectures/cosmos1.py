@@ -20,7 +20,12 @@ def _blocks(layers: int) -> Blocks:
 
 
 def _variant(title: str, spec: CosmosTransformer) -> Variant:
-    return Variant(title, {"transformer": partial(transformer_namings_1, spec)}, blocks=_blocks(spec.layers))
+    return Variant(
+        title,
+        {"transformer": partial(transformer_namings_1, spec)},
+        blocks=_blocks(spec.layers),
+        outlines={"transformer": partial(transformer_namings_1, spec._replace(layers=1))},
+    )
 
 
 ARCHITECTURE = Architecture(

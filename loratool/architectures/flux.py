@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from loratool.architectures._clip import clip_l_namings
+from loratool.architectures._clip import clip_l_namings, clip_l_outline
 from loratool.architectures._flux import COMPONENT, FluxTransformer, transformer_namings
 from loratool.architectures._t5 import T5_XXL, t5_namings
 from loratool.architectures._vae import VAE_16, vae_namings
@@ -16,6 +16,12 @@ from loratool.core.naming import Naming
 
 def _transformer(spec: FluxTransformer) -> Callable[[], Namings]:
     return partial(transformer_namings, spec)
+
+
+def _of_more_inputs(title: str, inputs: int) -> Variant:
+    spec = FluxTransformer(inputs=inputs)
+    outlines = {"transformer": _transformer(spec._replace(double=1, single=1))}
+    return Variant(title, {"transformer": _transformer(spec)}, outlines=outlines)
 
 
 def _text_encoder_2() -> dict[str, Naming]:
@@ -151,7 +157,11 @@ ARCHITECTURE = Architecture(
         "ss_base_model_version": "flux1",
         "modelspec.architecture": "flux-1-dev/lora",
     },
-    outlines={"transformer": _transformer(FluxTransformer(double=1, single=1))},
+    outlines={
+        "transformer": _transformer(FluxTransformer(double=1, single=1)),
+        "text_encoder": clip_l_outline,
+        "text_encoder_2": partial(t5_namings, T5_XXL._replace(layers=1), "text_encoder_2"),
+    },
     beside={"vae": _vae},
     blocks=BLOCKS,
     variants=(
@@ -159,8 +169,9 @@ ARCHITECTURE = Architecture(
             "FLUX.1 schnell",
             {"transformer": _transformer(FluxTransformer(guidance=False))},
             {"modelspec.architecture": "flux-1-schnell/lora"},
+            outlines={"transformer": _transformer(FluxTransformer(guidance=False, double=1, single=1))},
         ),
-        Variant("FLUX.1 Fill", {"transformer": _transformer(FluxTransformer(inputs=384))}),
-        Variant("FLUX.1 Canny / Depth", {"transformer": _transformer(FluxTransformer(inputs=128))}),
+        _of_more_inputs("FLUX.1 Fill", 384),
+        _of_more_inputs("FLUX.1 Canny / Depth", 128),
     ),
 )

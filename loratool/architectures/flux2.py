@@ -103,7 +103,8 @@ def _klein(title: str, spec: Flux2Transformer, name: str) -> Variant:
         "modelspec.architecture": f"Flux.2-{name.replace('_', '-')}/lora",
         "ss_base_model_version": f"flux_2_{name}",
     }
-    return Variant(title, {"transformer": _transformer(spec)}, facts, _blocks(spec))
+    outlines = {"transformer": _transformer(spec._replace(double=1, single=1))}
+    return Variant(title, {"transformer": _transformer(spec)}, facts, _blocks(spec), outlines)
 
 
 VOICES = dit_voices("native")

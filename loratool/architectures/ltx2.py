@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -167,6 +168,8 @@ ARCHITECTURE = Architecture(
                 "transformer": partial(transformer_namings, LTX_2_3),
                 "connectors": partial(connector_namings, LTX_2_3),
             },
+            blocks=replace(BLOCKS),  # of its own: the connectors have more blocks
+            outlines={"transformer": partial(transformer_namings, LTX_2_3._replace(layers=1))},
         ),
     ),
     # What LTX-Video 13B has is also here, of the same size: a file without a module for sound is for that one.

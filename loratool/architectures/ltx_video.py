@@ -92,6 +92,7 @@ ARCHITECTURE = Architecture(
             "LTX-Video 2B",
             components={"transformer": partial(transformer_namings, LTX_2B)},
             blocks=_blocks(LTX_2B.layers),
+            outlines={"transformer": partial(transformer_namings, LTX_2B._replace(layers=1))},
         ),
     ),
 )

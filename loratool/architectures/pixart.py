@@ -81,7 +81,16 @@ ARCHITECTURE = Architecture(
     writes=VOICES.writes,
     reads=VOICES.reads,
     checkpoints=VOICES.checkpoints,
-    outlines={"transformer": partial(transformer_namings, PixArtTransformer(blocks=1))},
+    outlines={
+        "transformer": partial(transformer_namings, PixArtTransformer(blocks=1)),
+        "text_encoder": partial(t5_namings, T5_XXL._replace(layers=1), "text_encoder"),
+    },
     blocks=dit_blocks({"transformer_blocks.": ("B", 28)}, ("proj_out",), {"text_encoder": "T5"}),
-    variants=(Variant("PixArt-Alpha 1024", {"transformer": _sized}),),
+    variants=(
+        Variant(
+            "PixArt-Alpha 1024",
+            {"transformer": _sized},
+            outlines={"transformer": partial(transformer_namings, PixArtTransformer(blocks=1, sized=True))},
+        ),
+    ),
 )

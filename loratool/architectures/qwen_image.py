@@ -80,6 +80,7 @@ ARCHITECTURE = Architecture(
             "Qwen-Image Layered",
             {"transformer": _layered},
             {"ss_base_model_version": "qwen_image_layered", "modelspec.architecture": "Qwen-Image-Layered/lora"},
+            outlines={"transformer": partial(transformer_namings, QwenImageTransformer(blocks=1, layered=True))},
         ),
     ),
 )

@@ -82,7 +82,12 @@ def _blocks(spec: SanaTransformer) -> Blocks:
 
 
 def _variant(title: str, spec: SanaTransformer) -> Variant:
-    return Variant(title, {"transformer": _transformer(spec)}, blocks=_blocks(spec))
+    return Variant(
+        title,
+        {"transformer": _transformer(spec)},
+        blocks=_blocks(spec),
+        outlines={"transformer": _transformer(spec._replace(blocks=1))},
+    )
 
 
 VOICES = dit_voices("native")

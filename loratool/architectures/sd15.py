@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from loratool.architectures._clip import clip_l_namings
-from loratool.architectures._unet import ATTENTION_BLOCKS, EVERY_BLOCK, UNet, unet_blocks, unet_namings
+from functools import partial
+
+from loratool.architectures._clip import clip_l_namings, clip_l_outline
+from loratool.architectures._unet import ATTENTION_BLOCKS, EVERY_BLOCK, UNet, outline, unet_blocks, unet_namings
 from loratool.architectures._vae import VAE_4, vae_namings
 from loratool.core.architecture import Architecture, Checkpoint, Voice
 from loratool.core.naming import Naming
@@ -23,6 +25,10 @@ ARCHITECTURE = Architecture(
     id="sd15",
     title="Stable Diffusion 1.x",
     components={"unet": _unet, "text_encoder": clip_l_namings},
+    outlines={
+        "unet": partial(unet_namings, outline(UNET)),
+        "text_encoder": clip_l_outline,
+    },
     writes={
         "kohya": {"unet": Voice("lora_unet_", "diffusers"), "text_encoder": Voice("lora_te_", "hf")},
         "diffusers": {"unet": Voice("unet.", "diffusers"), "text_encoder": Voice("text_encoder.", "hf")},

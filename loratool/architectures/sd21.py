@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from loratool.architectures._clip import ClipText, open_clip_namings
-from loratool.architectures._unet import ATTENTION_BLOCKS, EVERY_BLOCK, UNet, unet_blocks, unet_namings
+from loratool.architectures._unet import ATTENTION_BLOCKS, EVERY_BLOCK, UNet, outline, unet_blocks, unet_namings
 from loratool.core.architecture import Architecture, Checkpoint, Voice
 from loratool.core.naming import Naming
 
@@ -26,6 +28,10 @@ ARCHITECTURE = Architecture(
     id="sd21",
     title="Stable Diffusion 2.x",
     components={"unet": _unet, "text_encoder": _text_encoder},
+    outlines={
+        "unet": partial(unet_namings, outline(UNET)),
+        "text_encoder": partial(open_clip_namings, CLIP_H._replace(layers=1), "text_encoder"),
+    },
     writes={
         "kohya": {"unet": Voice("lora_unet_", "diffusers"), "text_encoder": Voice("lora_te_", "hf")},
         "diffusers": {"unet": Voice("unet.", "diffusers"), "text_encoder": Voice("text_encoder.", "hf")},

@@ -137,7 +137,12 @@ ARCHITECTURE = Architecture(
     writes=VOICES.writes,
     reads=VOICES.reads,
     checkpoints=VOICES.checkpoints,
-    outlines={"transformer": _transformer(LARGE_35._replace(blocks=2))},
+    outlines={
+        "transformer": _transformer(LARGE_35._replace(blocks=2)),
+        "text_encoder": partial(clip_namings, CLIP_L._replace(layers=1, projection=768), "text_encoder"),
+        "text_encoder_2": partial(open_clip_namings, CLIP_G._replace(layers=1), "text_encoder_2"),
+        "text_encoder_3": partial(t5_namings, T5_XXL._replace(layers=1), "text_encoder_3"),
+    },
     facts={"ss_network_module": "networks.lora_sd3", "modelspec.architecture": "stable-diffusion-3-5-large/lora"},
     blocks=_blocks(LARGE_35),
     variants=(
@@ -146,12 +151,14 @@ ARCHITECTURE = Architecture(
             {"transformer": _transformer(MEDIUM)},
             {"modelspec.architecture": "stable-diffusion-3-medium/lora"},
             _blocks(MEDIUM),
+            {"transformer": _transformer(MEDIUM._replace(blocks=2))},
         ),
         Variant(
             "Stable Diffusion 3.5 Medium",
             {"transformer": _transformer(MEDIUM_35)},
             {"modelspec.architecture": "stable-diffusion-3-5-medium/lora"},
             _blocks(MEDIUM_35),
+            {"transformer": _transformer(MEDIUM_35._replace(blocks=3, dual=1))},
         ),
     ),
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from loratool.architectures._clip import CLIP_G, clip_l_namings, open_clip_namings
-from loratool.architectures._unet import ATTENTION_BLOCKS, EVERY_BLOCK, UNet, unet_blocks, unet_namings
+from functools import partial
+
+from loratool.architectures._clip import CLIP_G, clip_l_namings, clip_l_outline, open_clip_namings
+from loratool.architectures._unet import ATTENTION_BLOCKS, EVERY_BLOCK, UNet, outline, unet_blocks, unet_namings
 from loratool.architectures._vae import VAE_4, vae_namings
 from loratool.core.architecture import Architecture, Checkpoint, Voice
 from loratool.core.blocks import numbered
@@ -37,6 +39,11 @@ ARCHITECTURE = Architecture(
     id="sdxl",
     title="Stable Diffusion XL",
     components={"unet": _unet, "text_encoder": clip_l_namings, "text_encoder_2": _text_encoder_2},
+    outlines={
+        "unet": partial(unet_namings, outline(UNET)),
+        "text_encoder": clip_l_outline,
+        "text_encoder_2": partial(open_clip_namings, CLIP_G._replace(layers=1), "text_encoder_2"),
+    },
     writes={
         "kohya": {
             "unet": Voice("lora_unet_", "ldm"),

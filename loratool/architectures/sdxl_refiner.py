@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from loratool.architectures._clip import CLIP_G, open_clip_namings
-from loratool.architectures._unet import EVERY_BLOCK, UNet, unet_blocks, unet_namings
+from loratool.architectures._unet import EVERY_BLOCK, UNet, outline, unet_blocks, unet_namings
 from loratool.core.architecture import Architecture, Checkpoint, Voice
 from loratool.core.naming import Naming
 
@@ -24,6 +26,10 @@ ARCHITECTURE = Architecture(
     id="sdxl-refiner",
     title="Stable Diffusion XL refiner",
     components={"unet": _unet, "text_encoder_2": _text_encoder_2},
+    outlines={
+        "unet": partial(unet_namings, outline(UNET)),
+        "text_encoder_2": partial(open_clip_namings, CLIP_G._replace(layers=1), "text_encoder_2"),
+    },
     writes={
         # The encoder is `lora_te_` to ComfyUI, the one program that loads such files.
         "kohya": {"unet": Voice("lora_unet_", "ldm"), "text_encoder_2": Voice("lora_te_", "hf")},

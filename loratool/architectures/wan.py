@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
 from loratool.architectures._rows import Row, one, two_namings
-from loratool.core.architecture import Architecture, Checkpoint, Variant, Voice
+from loratool.core.architecture import Architecture, Checkpoint, Namings, Variant, Voice
 from loratool.core.blocks import Blocks, Span, numbered
 from loratool.core.naming import Naming
 
@@ -106,11 +106,16 @@ def _blocks(spec: WanTransformer) -> Blocks:
 
 
 def _variant(title: str, spec: WanTransformer) -> Variant:
-    components = {
+    return Variant(
+        title, _experts(spec), blocks=_blocks(spec), outlines=_experts(spec._replace(layers=1, vace=min(1, spec.vace)))
+    )
+
+
+def _experts(spec: WanTransformer) -> dict[str, Callable[[], Namings]]:
+    return {
         "transformer": partial(transformer_namings, spec),
         "transformer_2": partial(transformer_namings, spec, "transformer_2"),
     }
-    return Variant(title, components, blocks=_blocks(spec))
 
 
 ARCHITECTURE = Architecture(

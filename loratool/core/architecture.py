@@ -76,13 +76,14 @@ OPEN_NAMING = OpenNaming()
 class Variant:
     """Another size of a model whose programs and spellings are the same: other shapes, other counts of blocks.
 
-    What is empty here is the standard size's. `components` may replace tables or add some.
+    What is empty here is the standard size's. `components` may replace tables or add some, and `outlines` are theirs.
     """
 
     title: str
     components: Mapping[str, Callable[[], Namings]] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
     blocks: Blocks | None = None
+    outlines: Mapping[str, Callable[[], Namings]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +98,9 @@ class Architecture:
     adapter for this model. `blocks` are the parts that block weights may be given for, None where no list of them is
     known. An `open` architecture has no tables: any name is a target. `variants` are its other sizes. `kin` is the id
     of the older model whose names this one kept: a file that may be for either is taken for the older, with a note.
-    `outlines` are the tables of `components` with one block of each kind, where the whole ones are large: a stem of
-    another kind is none of the model's, which is so told without building them. A `sketched` one is only asked that.
+    `outlines` are the tables of `components` with one block of each kind and shape, where the whole ones are large:
+    what a file may at most be is told by them, without building the whole ones. In the sketch of another
+    one (`sketch_of`) a stem names all that has its kind, whatever its numbers.
     `config` is the model's own `config.json`, where a checkpoint's folder has one.
     """
 
@@ -116,12 +118,19 @@ class Architecture:
     kin: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     outlines: Mapping[str, Callable[[], Namings]] = field(default_factory=dict)
-    sketched: bool = False
+    sketch_of: Architecture | None = None
 
     @cached_property
     def sketch(self) -> Architecture:
-        """This model as far as its outlines go: a stem of a kind that is in there resolves, to no targets."""
-        return replace(self, sketched=True)
+        """This model as far as its outlines go: a stem of a kind that is in there resolves, to one of each shape."""
+        if self.sketch_of is not None:
+            return self
+        return replace(self, components={**self.components, **self.outlines}, outlines={}, variants=(), sketch_of=self)
+
+    @property
+    def whole(self) -> Architecture:
+        """This model; the one that this is the sketch of."""
+        return self.sketch_of or self
 
     @cached_property
     def sizes(self) -> tuple[Architecture, ...]:
@@ -136,7 +145,7 @@ class Architecture:
             facts={**self.facts, **variant.facts},
             blocks=variant.blocks or self.blocks,
             variants=(),
-            outlines={},  # its names may be of more kinds, and it is only asked when the model is likely
+            outlines={**{c: o for c, o in self.outlines.items() if c not in variant.components}, **variant.outlines},
         )
 
     def namings(self, component: str) -> Namings:
@@ -151,11 +160,6 @@ class Architecture:
     def naming(self, component: str, naming: str) -> Naming:
         """One naming of one component; KeyError if there is none."""
         return OPEN_NAMING if self.open else self.namings(component)[naming]
-
-    def may_name(self, component: str, naming: str, text: str, separator: str) -> bool:
-        """Whether `text`, dots written as `separator`, is of a kind that a naming has; True where no outline tells."""
-        outline = self.outlines.get(component)
-        return outline is None or kind(text) in _kinds(outline, naming, separator)
 
     def voices(self, layout: str) -> list[tuple[str, Voice]]:
         """Every (component, voice) that `layout` may use for this model, the written ones first."""
@@ -177,11 +181,6 @@ def _built(build: Callable[[], Namings]) -> Namings:
     return build()
 
 
-@cache
-def _kinds(outline: Callable[[], Namings], naming: str, separator: str) -> frozenset[str]:
-    return frozenset(kind(name.replace(".", separator)) for name in _built(outline)[naming])
-
-
 def _resolver(architecture: Architecture, voices: Sequence[tuple[str, Voice]], separator: str) -> Resolver:
     if architecture.open:
 
@@ -192,21 +191,29 @@ def _resolver(architecture: Architecture, voices: Sequence[tuple[str, Voice]], s
 
         return resolve
 
+    whole: dict[tuple[str, str], Naming] = {}
+    kinds: dict[tuple[str, str], Mapping[str, Sequence[str]]] = {}
+
+    def may_name(asked: tuple[str, str], text: str) -> Sequence[str]:
+        """Names of the outline that are alike; none if `text` is no name of the model."""
+        if asked not in kinds:
+            kinds[asked] = architecture.sketch.naming(*asked).kinds(separator)
+        return kinds[asked].get(kind(text), ())
+
     @lru_cache(maxsize=1 << 15)
     def look_up(stem: str) -> Sequence[Spoken]:
         found: list[Spoken] = []
         for component, voice in voices:
             if not stem.startswith(voice.prefix):  # most do not: their tables are never built
                 continue
-            text = stem[len(voice.prefix) :]
-            if not architecture.may_name(component, voice.naming, text, separator):
-                continue
-            if architecture.sketched and component in architecture.outlines:
-                found.append(Spoken(component, voice, text, None))
-            else:
-                naming = architecture.naming(component, voice.naming)
-                for name in naming.spelled(text, separator):
-                    found.append(Spoken(component, voice, name, naming[name]))
+            text, asked = stem[len(voice.prefix) :], (component, voice.naming)
+            naming = whole.get(asked)
+            if naming is None:
+                if component in architecture.outlines and not may_name(asked, text):
+                    continue
+                naming = whole[asked] = architecture.naming(*asked)
+            for name in may_name(asked, text) if architecture.sketch_of else naming.spelled(text, separator):
+                found.append(Spoken(component, voice, name, naming[name]))
         return found
 
     return look_up

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from loratool.core.adapter import Bundle
-from loratool.core.architecture import Architecture, Spoken
+from loratool.core.architecture import Architecture, Spoken, Voice
 from loratool.core.errors import FormatError
 from loratool.core.layout import Layout, Parsed, fits
 from loratool.core.naming import kind
@@ -20,6 +22,12 @@ ENOUGH = 0.5
 
 CLOSE = 0.02
 """Two architectures whose scores differ by less are a tie."""
+
+NEAR = 0.1
+"""What scores less by more than this than the best is not looked at any closer: it is neither a rival nor told."""
+
+_EXACT = 1e-9
+"""Sums of the same terms in another order differ by less."""
 
 WHOLE = 0.5
 """A model of whose blocks the file has by this much more than of another's is preferred to that one."""
@@ -56,14 +64,23 @@ class Candidate:
     @property
     def score(self) -> float:
         """Names first; sizes tell apart models that share names; written spellings win over aliases."""
+        return self.substance + self.preference
+
+    @property
+    def substance(self) -> float:
+        """What names and sizes come to, whatever the spelling: 1 if all are the standard model's."""
         width = 0.1 * self.consistent + 0.1 * self.proportional
-        return self.resolved * (0.5 + 0.3 * self.fitting + width) + self.preference
+        return self.resolved * (0.5 + 0.3 * self.fitting + width)
 
     @property
     def preference(self) -> float:
         """What decides between spellings that read the same: the program that the header names, the voices that are
         written, and a layout in the architecture's own table before one whose voices are derived."""
-        return 0.002 * self.signed + 0.001 * self.written + 0.0002 * self.table
+        return _preference(self.signed, self.written, self.table)
+
+
+def _preference(signed: bool, written: float, table: bool) -> float:
+    return 0.002 * signed + 0.001 * written + 0.0002 * table
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,14 +119,15 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
             continue
         reading = _Reading(bundle, spelling)
         readings.append(reading)
-        begun = stems | {stem.rpartition("/")[2] for stem in stems}  # a folder's components have sub-folders
+        kinds = Counter(_by_kind(stems, spelling.separator).values())
+        begun = {*kinds, *(stem.rpartition("/")[2] for stem in kinds)}  # a folder's components have sub-folders
         for table in tables:
             prefixes = spelling.prefixes(table)
             if not any(stem.startswith(prefixes) for stem in begun) or _echo(spelling, table, heard, bundle.metadata):
                 continue
-            known = sum(bool(spelling.resolve(stem, table.sketch, bundle.metadata)) for stem in stems)
-            if known:
-                shares.append((known / len(stems), reading, table))
+            share = _share(reading, kinds, table)
+            if share:
+                shares.append((share, reading, table))
     # The standard size of the right model names more than half of what its other sizes name.
     likely = ENOUGH * max([share for share, *_ in shares], default=0.0)
     candidates = _ranked((reading, table) for share, reading, table in shares if share >= max(likely, ENOUGH / 2))
@@ -127,6 +145,19 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
             return Detection(best, tuple(candidates), others=others)
         return _open(readings, tuple(candidates), tuple(dict.fromkeys(c.architecture.id for c in rivals)))
     return _open(readings, tuple(candidates), ())
+
+
+def _share(reading: _Reading, kinds: Counter[str], table: Architecture) -> float:
+    """Of a sample of stems, counted by kind, the share that is of a kind that a model has. 0 where that is less than a
+    quarter, and none of the frequent kinds."""
+    known, left = 0, kinds.total()
+    least = ENOUGH / 2 * left
+    for stem, count in kinds.most_common():
+        if not known and left < least:
+            return 0.0
+        left -= count
+        known += count * bool(reading.layout.resolve(stem, table.sketch, reading.bundle.metadata))
+    return known / kinds.total()
 
 
 def _echo(layout: Layout, table: Architecture, heard: Mapping[Layout, set[str]], metadata: Mapping[str, str]) -> bool:
@@ -200,14 +231,29 @@ class _Reading:
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...] | None]:
         groups = self.parsed.groups if self.parsed else {}
-        return {stem: _shape(self.bundle, group.by_family) for stem, group in groups.items()}
+        known: dict[object, tuple[int, ...] | None] = {}
+        return {stem: _shape(self.bundle, group.by_family, known) for stem, group in groups.items()}
+
+    @cached_property
+    def total(self) -> int:
+        """Stems, and keys that are of none."""
+        return len(self.parsed.groups) + len(self.parsed.unknown) if self.parsed else 0
+
+    @cached_property
+    def kinds(self) -> Mapping[tuple[str, tuple[int, ...] | None], int]:
+        """How many stems there are of each kind and shape, numbers aside; see `_by_kind`."""
+        kinds = _by_kind(self.shapes, self.layout.separator)
+        return Counter((kinds[stem], shape) for stem, shape in self.shapes.items())
 
 
 def _open(readings: list[_Reading], candidates: tuple[Candidate, ...], tie: tuple[str, ...]) -> Detection | None:
     found: list[Candidate] = []
     for reading in readings:
         for architecture in architectures().values():
-            if architecture.open and reading.layout.voices(architecture):
+            if not architecture.open or not reading.layout.voices(architecture):
+                continue
+            signed, table = reading.layout.signed(reading.bundle.metadata), reading.layout.id in architecture.writes
+            if 1 + _preference(signed, 1.0, table) > max([c.resolved + c.preference for c in found], default=0.0):
                 found += _candidates(reading, architecture)
     found = sorted((c for c in found if c.resolved > 0), key=lambda c: -(c.resolved + c.preference))
     if found:
@@ -218,20 +264,89 @@ def _open(readings: list[_Reading], candidates: tuple[Candidate, ...], tie: tupl
     return None
 
 
+@dataclass(frozen=True, eq=False)
+class _Offer:
+    """A reading as one size of a model, the `rank`th of table `place`, and the most that it can come to."""
+
+    place: int
+    rank: int
+    reading: _Reading
+    size: Architecture
+    substance: float
+    preference: float
+    own: bool
+
+    @property
+    def score(self) -> float:
+        return self.substance + self.preference
+
+    def hopeless(self, best: Candidate | None, rank: int) -> bool:
+        """Whether `best`, of the same table in its size `rank`, is at least as good; the spelling is the same."""
+        if best is None:
+            return False
+        gain = self.substance - best.substance
+        return gain < -_EXACT or (self.rank > rank and gain <= _EXACT)
+
+    def echoed(self, found: Candidate) -> bool:
+        """Whether the same model in another spelling is at least as good, so that this one would be second anyway."""
+        return found.architecture.id == self.size.id and found.score >= self.score - _EXACT and found.own >= self.own
+
+
+def _offers(reading: _Reading, table: Architecture, place: int) -> list[_Offer]:
+    """Every size of a model, measured by the kinds and shapes of its outlines alone."""
+    layout, metadata = reading.layout, reading.bundle.metadata
+    written = layout.written(table)
+    published = table.checkpoints[0].voices if table.checkpoints else {}
+    offers: list[_Offer] = []
+    standard: list[object] = []
+    for rank, size in enumerate(table.sizes):
+        if rank and offers[0].substance >= 1:
+            offers.append(replace(offers[0], rank=rank, size=size))  # no size can have more: nothing is built
+            continue
+        named = right = 0
+        plain = own = False
+        told: list[object] = []
+        for (stem, shape), count in reading.kinds.items():
+            spoken = layout.resolve(stem, size.sketch, metadata)
+            if spoken:
+                named += count
+                right += count * (shape is None or any(said.targets and fits(said.targets, shape) for said in spoken))
+                plain = plain or _is_said(spoken, written)
+                own = own or _is_said(spoken, published)
+            told.append([(one.component, one.voice.naming, *[t.shape for t in one.targets or ()]) for one in spoken])
+        if not rank:
+            standard = told
+        elif told == standard and size.blocks is not None and size.blocks is table.blocks:
+            continue  # as many blocks, and the same in them: what the file holds is in both
+        substance = (0.7 * named + 0.3 * right) / reading.total if named else 0.0
+        preference = _preference(layout.signed(metadata), float(plain), layout.id in table.writes)
+        offers.append(_Offer(place, rank, reading, size, substance, preference, own))
+    return offers
+
+
 def _ranked(pairs: Iterable[tuple[_Reading, Architecture]]) -> list[Candidate]:
-    """What the readings are as these architectures, the best score first."""
-    found = [candidate for reading, table in pairs for candidate in _best_size(reading, table)]
-    return sorted((c for c in found if c.resolved > 0), key=lambda c: -c.score)
+    """What the readings are as these architectures, each in the size that fits best (the standard one, unless another
+    fits better), the best score first; without those that cannot come near it."""
+    offers = [one for place, pair in enumerate(pairs) for one in _offers(*pair, place)]
+    floor = 0.0
+    best: dict[int, tuple[Candidate, int]] = {}
+    for offer in sorted(offers, key=lambda one: -one.score):
+        own, rank = best.get(offer.place, (None, 0))
+        if not offer.substance or offer.score <= floor or offer.hopeless(own, rank):
+            continue
+        if any(offer.echoed(found) for found, _ in best.values()):
+            continue
+        for found in _candidates(offer.reading, offer.size):
+            if own is None or (found.score, -offer.rank) > (own.score, -rank):
+                best[offer.place] = found, offer.rank
+            if found.resolved > ENOUGH:
+                floor = max(floor, found.score - NEAR)
+    ranked = [best[place][0] for place in sorted(best)]
+    return sorted((c for c in ranked if c.resolved > 0), key=lambda c: -c.score)
 
 
-def _best_size(reading: _Reading, architecture: Architecture) -> list[Candidate]:
-    """The reading as the size of a model that it fits best: the standard one, unless another fits better."""
-    found: list[Candidate] = []
-    for size in architecture.sizes:
-        found += _candidates(reading, size)
-        if found and found[-1].perfect:
-            break
-    return [max(found, key=lambda c: c.score)] if found else []
+_Sizes = tuple[tuple[Any, ...], ...]
+"""The shape of an update, and those of the targets of everything that it may be of."""
 
 
 def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate]:
@@ -241,23 +356,28 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
         return []
     written = layout.written(architecture)
     published = architecture.checkpoints[0].voices if architecture.checkpoints else {}
-    total = len(parsed.groups) + len(parsed.unknown)
-    resolved = plain = own = sized = fitting = 0
-    widths: dict[int, Counter[int]] = defaultdict(Counter)
+    total = reading.total
+    resolved = plain = own = fitting = 0
+    alike: dict[_Sizes, tuple[Sequence[Spoken], tuple[int, ...]]] = {}
+    counts: Counter[_Sizes] = Counter()
     for stem in parsed.groups:
         spoken = layout.resolve(stem, architecture, metadata)
         if not spoken:
             continue
         resolved += 1
-        plain += any(written.get(said.component) == said.voice for said in spoken)
-        own += any(published.get(said.component) == said.voice for said in spoken)
+        plain += _is_said(spoken, written)
+        own += _is_said(spoken, published)
         shape = None if architecture.open else reading.shapes[stem]
-        if shape is None:
-            continue
-        sized += 1
+        if shape is not None:
+            sizes: _Sizes = shape, *[tuple([target.shape for target in said.targets or ()]) for said in spoken]
+            alike.setdefault(sizes, (spoken, shape))
+            counts[sizes] += 1
+    widths: dict[int, Counter[int]] = defaultdict(Counter)
+    for sizes, (spoken, shape) in alike.items():
         best = next((said for said in spoken if said.targets and fits(said.targets, shape)), None)
-        fitting += best is not None
-        _note_widths(best or spoken[0], shape, widths)
+        fitting += counts[sizes] * (best is not None)
+        _note_widths(best or spoken[0], shape, widths, counts[sizes])
+    sized = sum(counts.values())
     agreeing = sum(counter.most_common(1)[0][1] for counter in widths.values())
     noted = sum(sum(counter.values()) for counter in widths.values())
     factors: Counter[float] = Counter()
@@ -280,20 +400,42 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
     return [found]
 
 
-def _shape(bundle: Bundle, by_family: Mapping[str, Mapping[str, str]]) -> tuple[int, ...] | None:
-    """Shape of a group's update if its family is known and its factors fit each other."""
+def _is_said(spoken: Sequence[Spoken], voices: Mapping[str, Voice]) -> bool:
+    """Whether a stem can be of one of these voices."""
+    for said in spoken:
+        voice = voices.get(said.component)
+        if voice is said.voice or voice == said.voice:  # the first is faster, and most often true
+            return True
+    return False
+
+
+def _by_kind(stems: Iterable[str], separator: str) -> dict[str, str]:
+    """Each stem with 0 for every number in it: one for all that differ in numbers alone."""
+    dot = re.escape(separator)
+    number = re.compile(rf"(?<={dot})\d+(?={dot}|$)")  # the whole of a part: `te1` is no `te2`
+    return {stem: number.sub("0", stem) for stem in stems}
+
+
+def _shape(
+    bundle: Bundle, by_family: Mapping[str, Mapping[str, str]], known: dict[object, tuple[int, ...] | None]
+) -> tuple[int, ...] | None:
+    """Shape of a group's update if its family is known and its factors fit each other; `known` are those so far."""
     for family_id, roles in by_family.items():
-        family = families().get(family_id)
         shapes = {role: bundle.tensors[key].shape for role, key in roles.items()}
-        if family is not None and family.problem(shapes) is None:
-            return family.shape(shapes)
+        factors = family_id, *shapes.items()
+        if factors not in known:
+            family = families().get(family_id)
+            fit = family is not None and family.problem(shapes) is None
+            known[factors] = family.shape(shapes) if family is not None and fit else None
+        if known[factors] is not None:
+            return known[factors]
     return None
 
 
-def _note_widths(said: Spoken, shape: tuple[int, ...], widths: dict[int, Counter[int]]) -> None:
+def _note_widths(said: Spoken, shape: tuple[int, ...], widths: dict[int, Counter[int]], count: int) -> None:
     """Notes which size of the file stands for which size of the standard model (another width: one for one)."""
     assert said.targets is not None
-    widths[sum(target.rows for target in said.targets)][shape[0]] += 1
+    widths[sum(target.rows for target in said.targets)][shape[0]] += count
     standard = squeezed(said.targets[0].shape)
     if len(shape) > 1 and len(standard) > 1:
-        widths[standard[1]][shape[1]] += 1
+        widths[standard[1]][shape[1]] += count

@@ -111,12 +111,12 @@ class Layout:
         """(stem, family, role) of a key, by its longest known suffix; None if there is none."""
         key = self.rewrite(key)
         found = None
-        cut = len(key)
+        cut, suffixes = len(key), self.suffixes
         for _ in range(4):
             cut = key.rfind(".", 0, cut)
             if cut <= 0:
                 break
-            meaning = self.suffixes.get(key[cut:])
+            meaning = suffixes.get(key[cut:])
             if meaning is not None:
                 found = (key[:cut], *meaning)
         return found

@@ -47,6 +47,7 @@ class Naming(Mapping[str, tuple[Target, ...]]):
         self._transposed = transposed
         self._pointwise = pointwise
         self._spellings: dict[str, dict[str, list[str]]] = {}
+        self._kinds: dict[str, Mapping[str, Sequence[str]]] = {}
 
     def __getitem__(self, name: str) -> tuple[Target, ...]:
         return self._table[name]
@@ -71,6 +72,18 @@ class Naming(Mapping[str, tuple[Target, ...]]):
                 index.setdefault(name.replace(".", separator), []).append(name)
             self._spellings[separator] = index
         return self._spellings[separator].get(text, ())
+
+    def kinds(self, separator: str) -> Mapping[str, Sequence[str]]:
+        """Kind of name, dots written as `separator` -> names of that kind, one of each shape."""
+        if separator not in self._kinds:
+            index: dict[str, dict[tuple[int, ...], str]] = {}
+            for name, targets in self._table.items():
+                shape = targets[0].shape
+                if len(targets) > 1:
+                    shape = (sum([target.shape[0] for target in targets]), *shape[1:])
+                index.setdefault(kind(name.replace(".", separator)), {}).setdefault(shape, name)
+            self._kinds[separator] = {of_kind: tuple(names.values()) for of_kind, names in index.items()}
+        return self._kinds[separator]
 
     @cached_property
     def _names(self) -> dict[tuple[Target, ...], str]:

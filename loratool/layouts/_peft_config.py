@@ -223,6 +223,8 @@ def _plain(value: float) -> float | int:
 
 def without_adapter_name(key: str) -> str:
     """A key without the adapter name that live PEFT models have in it (`lora_A.default.weight`)."""
+    if key.endswith((".lora_A.weight", ".lora_B.weight")):
+        return key  # as almost all are: not worth an expression
     match = _ADAPTER_NAME.search(key)
     if match is None or match[2] in ("weight", "bias"):
         return key

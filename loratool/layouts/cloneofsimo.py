@@ -68,11 +68,11 @@ class Cloneofsimo(Layout):
         """The module at that position of the traversal, if the classes that were visited are known ones."""
         match = _LISTED_STEM.match(stem)
         if match is not None:
-            return _listed(architecture, int(match[2]), match[1] and int(match[1]))
+            return _listed(architecture.whole, int(match[2]), match[1] and int(match[1]))
         match = _STEM.match(stem)
         if match is None:
             return ()
-        spoken = _traversal(architecture, match[1], metadata.get(match[1], ""))
+        spoken = _traversal(architecture.whole, match[1], metadata.get(match[1], ""))
         index = int(match[2])
         return [spoken[index]] if index < len(spoken) else ()
 

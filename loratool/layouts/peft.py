@@ -46,6 +46,8 @@ class Peft(Layout):
         """In a sub-folder named after a component, only what belongs to that component."""
         folder, slash, name = stem.rpartition("/")
         spoken = super().resolve(name, architecture, metadata)
+        if not folder:
+            return spoken
         own = [said for said in spoken if said.component == folder] or spoken
         return [replace(said, voice=Voice(folder + slash + said.voice.prefix, said.voice.naming)) for said in own]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from loratool.core.adapter import CONFIG, Adapter
+from loratool.core.detect import NEAR
 from loratool.core.layout import fits
 from loratool.core.module import Module
 from loratool.files.bundle import adapter_files
@@ -28,9 +29,6 @@ MOST_HEADER = 40_000_000
 
 MOST_TENSORS = 15_000
 """So many tensors are read for a look at a file: a full adapter of a large model has some 3,000."""
-
-_SCORE_CLOSE = 0.1
-"""A runner-up whose score is this close to the best is worth a word."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +121,7 @@ def describe(opened: Opened, keys: bool = False) -> Info:
     """What an opened adapter is; with `keys`, module by module."""
     adapter, best = opened.adapter, opened.detection.best
     runner = opened.detection.runner_up
-    close = runner is not None and (best.architecture.open or runner.score > best.score - _SCORE_CLOSE)
+    close = runner is not None and (best.architecture.open or runner.score > best.score - NEAR)
     metadata = adapter.metadata
     standard = sum(fits(module.targets, module.shape) for module in adapter.modules)
     components = {component: _component(adapter.of(component)) for component in adapter.components}
