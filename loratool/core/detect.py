@@ -32,6 +32,9 @@ _EXACT = 1e-9
 WHOLE = 0.5
 """A model of whose blocks the file has by this much more than of another's is preferred to that one."""
 
+FREQUENT = 8
+"""A model that has none of so many of a file's most frequent kinds of names is not looked at any further."""
+
 SAMPLE = 64
 """About so many keys, spread over the file, tell whether a spelling and a table are worth a closer look."""
 
@@ -149,11 +152,11 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
 
 def _share(reading: _Reading, kinds: Counter[str], table: Architecture) -> float:
     """Of a sample of stems, counted by kind, the share that is of a kind that a model has. 0 where that is less than a
-    quarter, and none of the frequent kinds."""
+    quarter, and none of the frequent kinds, of which a few are asked for: the right model knows them all."""
     known, left = 0, kinds.total()
     least = ENOUGH / 2 * left
-    for stem, count in kinds.most_common():
-        if not known and left < least:
+    for asked, (stem, count) in enumerate(kinds.most_common()):
+        if not known and (left < least or asked == FREQUENT):
             return 0.0
         left -= count
         known += count * bool(reading.layout.resolve(stem, table.sketch, reading.bundle.metadata))
