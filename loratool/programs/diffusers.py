@@ -87,11 +87,21 @@ PROGRAM = Program(
             families=("lora",),
             keys=r"^diffusion_model\..*\.lora_down\.weight$",
         ),
-        When(layouts=("comfyui",), architectures=("flux",), families=("lora",), keys=BARE, beside=CONTROL),
+        When(layouts=("native",), architectures=("flux",), families=("lora", "set"), keys=BARE, beside=CONTROL),
         When(layouts=("peft",), architectures=("flux",), namings=("bfl",), families=("lora",)),  # fal's Kontext trainer
         When(layouts=("xlabs",), architectures=("flux",), components=("transformer",), families=("lora",)),
-        When(layouts=("kohya", "musubi"), architectures=("wan", "qwen-image", "z-image", "flux2"), families=("lora",)),
-        When(layouts=DOTTED, architectures=("wan", "qwen-image", "z-image", *_UNSCALED), families=("lora",)),
+        When(
+            layouts=("kohya", "musubi"),
+            architectures=("wan", "qwen-image", "z-image", "flux2"),
+            families=("lora",),
+            keys=r"^lora_unet_",
+        ),
+        When(
+            layouts=DOTTED,
+            architectures=("wan", "qwen-image", "z-image", *_UNSCALED),
+            families=("lora",),
+            keys=r"^diffusion_model\.",
+        ),
         # Tencent's own names only: with ComfyUI's dots (img_attn.qkv) nothing is converted.
         When(layouts=DOTTED, architectures=("hunyuan-video",), families=("lora",), beside=r"img_attn_qkv"),
         When(layouts=(*DOTTED, "diffusers"), architectures=("flux2", "z-image"), families=("lokr",)),
@@ -258,7 +268,7 @@ PROGRAM = Program(
             unread=True,
         ),
         Rule(
-            When(layouts=DOTTED, architectures=("flux",), namings=("omi",)),
+            When(layouts=("omi",), architectures=("flux",)),
             REFUSES,
             "cannot convert OneTrainer's OMI names",
             unread=True,
@@ -316,13 +326,12 @@ PROGRAM = Program(
             "converts lora_A and lora_B only in native names",
         ),
         Rule(
-            When(layouts=DOTTED, architectures=("lumina2",), lacking=r"attn\.to_out\.0$"),
+            When(layouts=DOTTED, architectures=("lumina2",), keys=r"^diffusion_model\.", lacking=r"attn\.to_out\.0$"),
             REFUSES,
             "wants every module of Lumina's attention in a file with native names",
         ),
     ),
     keys=(
-        KeyRule(CONTROL, "", layouts=("comfyui",), architectures=("flux",)),
         KeyRule(r"^(?!.*lora)", REFUSES, _EACH_KEY, architectures=(*_NO_ALPHA, "qwen-image", "z-image")),
         KeyRule(r"", IGNORES, "passes over tensors of no module, with a warning at most"),
     ),

@@ -101,10 +101,11 @@ def test_spellings_and_alphas(architecture: str, letters: bool, alpha: float | N
         tensors[f"{stem}.alpha"] = torch.tensor(alpha)
     fact = Fact(
         layout=layout,
+        layouts=(layout,),
         architecture=architecture,
         component="transformer",
-        naming="native",
-        written=True,
+        namings=("native",),
+        written=(layout,),
         family="lora",
         roles={"down": (4, 64), "up": (64, 4)},
         has=frozenset({"no alpha" if alpha is None else "alpha stored"}),

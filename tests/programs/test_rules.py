@@ -169,7 +169,7 @@ def test_control_loras_of_flux(name: str, tmp_path: Path) -> None:
         stored = {key: LazyTensor.from_torch(tensor) for key, tensor in some.items()}
         place = write_file(tmp_path / f"{number}.safetensors", Bundle(stored))
         adapter = open_adapter(place, architecture="flux")
-        assert len(adapter.modules) == 3
+        assert len(adapter.modules) == 3 + (len(some) > len(tensors))
         assert conform(adapter, programs()[name]).fully is (name in reads)
 
 
