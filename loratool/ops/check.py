@@ -15,6 +15,7 @@ from loratool.core.module import Module
 from loratool.core.program import Program
 from loratool.core.registry import families, layouts, programs
 from loratool.core.tensor import LazyTensor, Source
+from loratool.ops.approximate import is_rewritten
 from loratool.ops.conformance import CHANGED, READ, REFUSED, Conformance, conform
 from loratool.ops.open import open_adapter
 from loratool.ops.spell import spell
@@ -105,10 +106,16 @@ def _remedy(found: Conformance) -> Remedy | None:
             continue
         words = ["loratool", "convert", adapter.path or "FILE", "--for", program.id]
         words += ["--approximate", "lora", "--energy", "0.999"] if candidate.approximated else []
+        words += ["--base", "BASE"] if candidate.approximated and not _additive(adapter) else []
         words += ["--drop-extras"] if extras else []
         command = shlex.join(words) + " -o OUT"
         return Remedy(command, exact=not candidate.approximated, leaves_out=extras)
     return _setting(found) or (_bake(found) if some else None)
+
+
+def _additive(adapter: Adapter) -> bool:
+    """Whether what every module that would be rewritten adds is told by the file alone."""
+    return all(module.family.additive or len(module.shape) < 2 for module in adapter.modules)
 
 
 def _applied(found: Conformance) -> bool:
@@ -155,8 +162,8 @@ def candidates(adapter: Adapter, program: Program) -> Iterator[Candidate]:
         plain = replace(empty, modules=tuple(replace(module, alpha=None) for module in empty.modules))
         yield from (_candidate(plain, program, layout, folded=True) for layout in usable)
     for layout in usable:
-        modules = tuple(_pair(m) if layout.obstacle(m) else m for m in empty.modules)
-        if modules != empty.modules:
+        modules = tuple(_pair(m) if is_rewritten(m, layout.obstacle) else m for m in empty.modules)
+        if any(one is not other for one, other in zip(modules, empty.modules, strict=True)):
             yield _candidate(replace(empty, modules=modules), program, layout, approximated=True)
 
 

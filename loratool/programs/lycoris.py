@@ -1,5 +1,5 @@
-"""lycoris: what sd-scripts loads with `--network_module lycoris.kohya` (`lycoris.kohya.create_network_from_weights`), and
-files with `lycoris_` in front, which LyCORIS' own wrapper loads into one model (`create_lycoris_from_weights`)."""
+"""lycoris: what sd-scripts loads with `--network_module lycoris.kohya` (`create_network_from_weights`), and files with
+`lycoris_` in front, which LyCORIS' own wrapper loads into one model (`create_lycoris_from_weights`)."""
 
 from __future__ import annotations
 
