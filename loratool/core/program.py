@@ -70,6 +70,9 @@ class Fact:
     file: Keys
 
 
+_BLOCK = re.compile(r"(.*?\.)(\d+)(?=\.|$)")
+
+
 @dataclass(frozen=True, slots=True)
 class When:
     """Which modules are meant: all that is given must hold, and a list names alternatives. Nothing given: every module.
@@ -78,7 +81,8 @@ class When:
     them would write it so. `without` are roles of which the module has none. `keys`, `paths`, `first` and `beside` are
     expressions, found anywhere in one of the module's keys, in the path of one of its targets, in the component's first
     key, in any key of the file. `lacking` is one that no path of the component may match; `{parent}` in it is the
-    module's path without its last part. `taller` are two roles: the first factor has more rows than the second.
+    module's path without its last part, `{block}` the path up to its first number, `{before}` the same with a number
+    that is one less (0 stays). `taller` are two roles: the first factor has more rows than the second.
     """
 
     layouts: tuple[str, ...] = ()
@@ -118,8 +122,18 @@ class When:
         )
 
     def _lacks(self, fact: Fact) -> bool:
-        parent = next(iter(fact.paths)).rpartition(".")[0]
-        wanted = _compiled(self.lacking.replace("{parent}", re.escape(parent)))
+        path = next(iter(fact.paths))
+        block = _BLOCK.match(path)
+        stem, number = (block[1], int(block[2])) if block else (path, 0)
+        places = {
+            "{parent}": path.rpartition(".")[0],
+            "{block}": f"{stem}{number}",
+            "{before}": f"{stem}{max(number - 1, 0)}",
+        }
+        expression = self.lacking
+        for name, place in places.items():
+            expression = expression.replace(name, re.escape(place))
+        wanted = _compiled(expression)
         return not any(wanted.search(path) for path in fact.others)
 
 

@@ -36,6 +36,18 @@ _NO_ALPHA = tuple(m for m in (*SD, *TRANSFORMERS, "generic") if m not in ("flux"
 _NO_ALPHA_DOTTED = tuple(model for model in _NO_ALPHA if model != "wan")
 """Models for which no tensor `.alpha` may stand beside the factors: in diffusers' names, and in native ones."""
 
+_FLATTENED = r"^lora_unet_"
+_WAN_BLOCK = (
+    *(rf"^{{block}}\.attn{n}\.{part}$" for n in (1, 2) for part in ("to_q", "to_k", "to_v", r"to_out\.0")),
+    r"^{block}\.ffn\.net\.0\.proj$",
+    r"^{block}\.ffn\.net\.2$",
+    r"^{before}\.attn1\.to_q$",
+    r"^blocks\.0\.attn1\.to_q$",
+)
+"""What its converter of musubi-tuner's Wan looks for in each block that it counts."""
+
+_WAN_IMAGE = ((r"k_img", r"^{block}\.attn2\.add_v_proj$"), (r"v_img", r"^{block}\.attn2\.add_k_proj$"))
+
 PROGRAM = Program(
     id="diffusers",
     title="diffusers",
@@ -92,15 +104,29 @@ PROGRAM = Program(
         When(layouts=("xlabs",), architectures=("flux",), components=("transformer",), families=("lora",)),
         When(
             layouts=("kohya", "musubi"),
-            architectures=("wan", "qwen-image", "z-image", "flux2"),
+            architectures=("qwen-image", "z-image", "flux2"),
             families=("lora",),
             keys=r"^lora_unet_",
+        ),
+        When(
+            layouts=("kohya", "musubi"),
+            architectures=("wan",),
+            namings=("native",),
+            families=("lora",),
+            keys=r"^lora_unet_blocks_",
         ),
         When(
             layouts=DOTTED,
             architectures=("wan", "qwen-image", "z-image", *_UNSCALED),
             families=("lora",),
             keys=r"^diffusion_model\.",
+        ),
+        When(
+            layouts=("diffusers",),
+            architectures=("qwen-image", "z-image"),
+            families=("lora",),
+            keys=r"^(transformer_blocks|layers)\.",
+            beside=r"\.alpha$|\.default\.",
         ),
         # Tencent's own names only: with ComfyUI's dots (img_attn.qkv) nothing is converted.
         When(layouts=DOTTED, architectures=("hunyuan-video",), families=("lora",), beside=r"img_attn_qkv"),
@@ -318,6 +344,41 @@ PROGRAM = Program(
             SCALES,
             "gives modules without an alpha the commonest one of their component",
             COMMONEST,
+        ),
+        # musubi-tuner's flattened names.
+        *(
+            Rule(
+                When(layouts=("kohya", "musubi"), architectures=("wan",), keys=_FLATTENED, lacking=lacking),
+                REFUSES,
+                "wants every layer of every block in a file of Wan with flattened names, without gaps",
+            )
+            for lacking in _WAN_BLOCK
+        ),
+        *(
+            Rule(
+                When(
+                    layouts=("kohya", "musubi"), architectures=("wan",), keys=_FLATTENED, beside=beside, lacking=lacking
+                ),
+                REFUSES,
+                "wants every layer of every block in a file of Wan with flattened names, without gaps",
+            )
+            for beside, lacking in _WAN_IMAGE
+        ),
+        *(
+            Rule(
+                when, REFUSES, "knows nothing but lora_down, lora_up and alpha of the blocks in flattened names of Wan"
+            )
+            for when in (
+                When(architectures=("wan",), keys=r"^lora_unet_(?!blocks_)"),
+                When(architectures=("wan",), keys=rf"{_FLATTENED}.*(lora_[AB]|\.lora\.|_lora\.|magnitude|dora_scale)"),
+                When(architectures=("wan",), keys=_FLATTENED, has=("no alpha",)),
+                When(architectures=("wan",), keys=_FLATTENED, families=NOT_LORA),
+            )
+        ),
+        Rule(
+            When(layouts=("kohya", "musubi"), architectures=("z-image", "flux2"), keys=rf"{_FLATTENED}.*lora_[AB]"),
+            REFUSES,
+            "wants lora_down and lora_up behind flattened names",
         ),
         # Models whose converter knows lora_A and lora_B only.
         Rule(
