@@ -6,10 +6,9 @@ What is said of Stable Diffusion and FLUX.1 is tested; the rest is read from `lo
 
 from __future__ import annotations
 
-from loratool.core.program import COMMONEST, DROPS, IGNORES, ONE, REFUSES, SCALES, KeyRule, Program, Rule, When
+from loratool.core.program import CHANGES, COMMONEST, DROPS, IGNORES, ONE, REFUSES, SCALES, KeyRule, Program, Rule, When
 from loratool.programs._models import (
     BARE,
-    CONTROL,
     DOTTED,
     ENCODERS,
     GLUED,
@@ -47,6 +46,30 @@ _WAN_BLOCK = (
 """What its converter of musubi-tuner's Wan looks for in each block that it counts."""
 
 _WAN_IMAGE = ((r"k_img", r"^{block}\.attn2\.add_v_proj$"), (r"v_img", r"^{block}\.attn2\.add_k_proj$"))
+
+_NORMS = ("norm_q", "norm_k")
+_WHOLE_FLUX = (
+    *(("", rf"^{path}$") for path in ("x_embedder", "context_embedder", r"norm_out\.linear:shift", "proj_out")),
+    *(("", rf"^time_text_embed\.{part}_embedder\.linear_{n}$") for part in ("timestep", "text") for n in (1, 2)),
+    *((r"guidance_embedder", rf"^time_text_embed\.guidance_embedder\.linear_{n}$") for n in (1, 2)),
+    ("", r"^transformer_blocks\.18\."),
+    ("", r"^single_transformer_blocks\.37\."),
+    (r"^(single_)?transformer_blocks\.", r"^{before}\."),
+    *(
+        (r"^transformer_blocks\.", rf"^{{block}}\.{part}$")
+        for part in (
+            *(r"norm1\.linear", r"norm1_context\.linear"),
+            *(r"attn\.to_q", r"attn\.add_q_proj", r"attn\.to_out\.0", r"attn\.to_add_out"),
+            *(rf"{ff}\.net\.{layer}" for ff in ("ff", "ff_context") for layer in (r"0\.proj", "2")),
+            *(rf"attn\.{norm}" for norm in (*_NORMS, "norm_added_q", "norm_added_k")),
+        )
+    ),
+    *(
+        (r"^single_transformer_blocks\.", rf"^{{block}}\.{part}$")
+        for part in (r"norm\.linear", r"attn\.to_q", "proj_out", *(rf"attn\.{norm}" for norm in _NORMS))
+    ),
+)
+"""What its converter of control LoRAs looks for: paths of modules that ask for it, and what may not be lacking."""
 
 PROGRAM = Program(
     id="diffusers",
@@ -99,7 +122,13 @@ PROGRAM = Program(
             families=("lora",),
             keys=r"^diffusion_model\..*\.lora_down\.weight$",
         ),
-        When(layouts=("native",), architectures=("flux",), families=("lora", "set"), keys=BARE, beside=CONTROL),
+        When(
+            layouts=("native",),
+            architectures=("flux",),
+            families=("lora", "set"),
+            keys=BARE,
+            beside=r"query_norm\.scale",
+        ),
         When(layouts=("peft",), architectures=("flux",), namings=("bfl",), families=("lora",)),  # fal's Kontext trainer
         When(layouts=("xlabs",), architectures=("flux",), components=("transformer",), families=("lora",)),
         When(
@@ -344,6 +373,20 @@ PROGRAM = Program(
             SCALES,
             "gives modules without an alpha the commonest one of their component",
             COMMONEST,
+        ),
+        # Control LoRAs.
+        *(
+            Rule(
+                When(layouts=("native",), architectures=("flux",), keys=BARE, lacking=lacking, paths=paths),
+                REFUSES,
+                "wants every module and every norm of FLUX.1 in a control LoRA",
+            )
+            for paths, lacking in _WHOLE_FLUX
+        ),
+        Rule(
+            When(layouts=("native",), architectures=("flux",), keys=BARE, paths=r"^norm_out"),
+            CHANGES,
+            "swaps the halves of lora_A, too, where it swaps shift and scale of a control LoRA's last modulation",
         ),
         # musubi-tuner's flattened names.
         *(

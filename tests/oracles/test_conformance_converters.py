@@ -6,6 +6,7 @@ load: `lora_A` or `lora_B` behind the component's name.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,68 @@ def test_wan_of_musubi(name: str, tmp_path: Path) -> None:
     assert not adapter.extras
     assert passes(diffusers.WanPipeline, made, tmp_path / "x.safetensors") is expected
     assert (conform(adapter, programs()["diffusers"]).verdict != NOT) is expected
+
+
+def control_lora() -> dict[str, torch.Tensor]:
+    """All keys of one of BFL's: every linear layer with a bias, every norm of the attention, no prefix."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, targets in architectures()["flux"].naming("transformer", "bfl").items():
+        shape = (sum(target.rows for target in targets), *targets[0].shape[1:])
+        if len(shape) == 1:
+            tensors[f"{name}.scale"] = torch.zeros(1).expand(shape)
+        else:
+            tensors[f"{name}.lora_A.weight"] = torch.zeros(1).expand(2, shape[1])
+            tensors[f"{name}.lora_B.weight"] = torch.zeros(1).expand(shape[0], 2)
+            tensors[f"{name}.lora_B.bias"] = torch.zeros(1).expand(shape[0])
+    return tensors
+
+
+def without(tensors: dict[str, torch.Tensor], expression: str) -> dict[str, torch.Tensor]:
+    return {key: tensor for key, tensor in tensors.items() if not re.search(expression, key)}
+
+
+WITHOUT = (
+    *("img_in", "txt_in", "final_layer.linear", "final_layer.adaLN_modulation.1", "time_in.in_layer"),
+    *("vector_in.out_layer", "guidance_in.in_layer", "guidance_in", "query_norm", "key_norm"),
+    *("double_blocks.18", "single_blocks.37", "double_blocks.7", "single_blocks.0", "single_blocks"),
+    *(f"double_blocks.3.{one}" for one in ("img_mod.lin", "txt_attn.qkv", "img_attn.proj", "txt_mlp.0", "img_mlp.2")),
+    *("double_blocks.0.txt_attn.norm.query_norm", "double_blocks.18.img_attn.norm.key_norm"),
+    *(f"single_blocks.9.{one}" for one in ("linear1", "linear2", "modulation.lin", "norm.query_norm", "norm.key_norm")),
+)
+
+
+@pytest.mark.parametrize("left_out", [None, *WITHOUT])
+def test_control_loras(left_out: str | None) -> None:
+    """BFL's: nothing may be missing, but the guidance."""
+    tensors = control_lora()
+    if left_out is not None:
+        tensors = without(tensors, rf"(^|\.){re.escape(left_out)}\.")
+        assert tensors.keys() < control_lora().keys()
+    adapter = layouts()["native"].read(
+        Bundle({key: LazyTensor.from_torch(tensor) for key, tensor in tensors.items()}), architectures()["flux"]
+    )
+    assert not adapter.extras
+    try:
+        found = diffusers.FluxControlPipeline.lora_state_dict(dict(tensors))
+        loads = all(key.startswith("transformer.") for key in found)
+    except KeyError:
+        loads = False
+    said = conform(adapter, programs()["diffusers"])
+    assert (said.verdict != NOT) is loads is (left_out in (None, "guidance_in"))
+
+
+def test_a_control_lora_with_its_last_modulation_garbled() -> None:
+    """Its rows are swapped as they should be, and with them the halves of lora_A, as they should not be."""
+    tensors, stem = control_lora(), "final_layer.adaLN_modulation.1"
+    tensors |= {f"{stem}.lora_A.weight": torch.randn(2, 3072), f"{stem}.lora_B.weight": torch.randn(6144, 2)}
+    adapter = layouts()["native"].read(
+        Bundle({key: LazyTensor.from_torch(tensor) for key, tensor in tensors.items()}), architectures()["flux"]
+    )
+    changed = [fate for fate in conform(adapter, programs()["diffusers"]).fates if fate.outcome == CHANGED]
+    assert [fate.targets for fate in changed] == [("norm_out.linear:shift", "norm_out.linear:scale")]
+    found = diffusers.FluxControlPipeline.lora_state_dict(tensors)
+    down, up = (found[f"transformer.norm_out.linear.lora_{letter}.weight"] for letter in "AB")
+    module = next(one for one in adapter.modules if one.targets[0].path.startswith("norm_out"))
+    right = torch.cat(module.delta().chunk(2)[::-1])  # diffusers stacks scale, shift
+    assert not torch.allclose(up @ down, right, atol=1e-2)
+    torch.testing.assert_close(up @ torch.cat(down.chunk(2)[::-1]), right)

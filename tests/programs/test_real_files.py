@@ -36,7 +36,7 @@ FULL = {
     "sdxl_lora": {"a1111", "comfyui", "diffusers", "invokeai", "kohya", "lycoris", "onetrainer"},
     "flux_lora": {"comfyui", "diffusers", "invokeai", "kohya", "lycoris", "onetrainer"},
     "flux-kohya": {"comfyui", "diffusers", "invokeai", "kohya", "lycoris", "onetrainer"},
-    "flux-control": {"comfyui", "diffusers", "invokeai"},
+    "flux-control": {"comfyui", "invokeai"},
     "flux-diffusers": {"comfyui", "diffusers", "invokeai", "onetrainer"},
     "flux-ai-toolkit": {"comfyui", "invokeai", "onetrainer"},
     "flux-xlabs": {"diffusers", "invokeai"},

@@ -163,9 +163,7 @@ def test_control_loras_of_flux(name: str, tmp_path: Path) -> None:
     tensors |= {f"{stem}.lora_B.weight": torch.randn(8, 2) for stem in stems}
     tensors |= {f"{stem}.lora_B.bias": torch.randn(8) for stem in stems}
     norm = {"single_blocks.0.norm.key_norm.scale": torch.ones(128)}
-    for number, (some, reads) in enumerate(
-        (({**tensors, **norm}, ("comfyui", "diffusers", "invokeai")), (tensors, ()))
-    ):
+    for number, (some, reads) in enumerate((({**tensors, **norm}, ("comfyui", "invokeai")), (tensors, ()))):
         stored = {key: LazyTensor.from_torch(tensor) for key, tensor in some.items()}
         place = write_file(tmp_path / f"{number}.safetensors", Bundle(stored))
         adapter = open_adapter(place, architecture="flux")
