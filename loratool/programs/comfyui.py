@@ -42,7 +42,7 @@ PROGRAM = Program(
             components=("unet", "transformer"),
             families=_FAMILIES,
             written=True,
-            keys=r"^lora_unet_",
+            keys=r"^lora_unet_(?!_)",
         ),
         When(layouts=("kohya",), architectures=SD, components=("unet",), families=_FAMILIES, keys=r"^lora_unet_"),
         When(

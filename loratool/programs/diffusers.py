@@ -7,6 +7,7 @@ What is said of Stable Diffusion and FLUX.1 is tested; the rest is read from `lo
 from __future__ import annotations
 
 from loratool.core.program import CHANGES, COMMONEST, DROPS, IGNORES, ONE, REFUSES, SCALES, KeyRule, Program, Rule, When
+from loratool.programs._diffusers import FLATTENED, WAN_BLOCK, WAN_IMAGE, WHOLE_FLUX
 from loratool.programs._models import (
     BARE,
     DOTTED,
@@ -34,42 +35,6 @@ _UNSCALED = ("lumina2", "hidream", "ltx-video", "ltx2", "flux2", "anima", "krea2
 _NO_ALPHA = tuple(m for m in (*SD, *TRANSFORMERS, "generic") if m not in ("flux", "chroma", "qwen-image", "z-image"))
 _NO_ALPHA_DOTTED = tuple(model for model in _NO_ALPHA if model != "wan")
 """Models for which no tensor `.alpha` may stand beside the factors: in diffusers' names, and in native ones."""
-
-_FLATTENED = r"^lora_unet_"
-_WAN_BLOCK = (
-    *(rf"^{{block}}\.attn{n}\.{part}$" for n in (1, 2) for part in ("to_q", "to_k", "to_v", r"to_out\.0")),
-    r"^{block}\.ffn\.net\.0\.proj$",
-    r"^{block}\.ffn\.net\.2$",
-    r"^{before}\.attn1\.to_q$",
-    r"^blocks\.0\.attn1\.to_q$",
-)
-"""What its converter of musubi-tuner's Wan looks for in each block that it counts."""
-
-_WAN_IMAGE = ((r"k_img", r"^{block}\.attn2\.add_v_proj$"), (r"v_img", r"^{block}\.attn2\.add_k_proj$"))
-
-_NORMS = ("norm_q", "norm_k")
-_WHOLE_FLUX = (
-    *(("", rf"^{path}$") for path in ("x_embedder", "context_embedder", r"norm_out\.linear:shift", "proj_out")),
-    *(("", rf"^time_text_embed\.{part}_embedder\.linear_{n}$") for part in ("timestep", "text") for n in (1, 2)),
-    *((r"guidance_embedder", rf"^time_text_embed\.guidance_embedder\.linear_{n}$") for n in (1, 2)),
-    ("", r"^transformer_blocks\.18\."),
-    ("", r"^single_transformer_blocks\.37\."),
-    (r"^(single_)?transformer_blocks\.", r"^{before}\."),
-    *(
-        (r"^transformer_blocks\.", rf"^{{block}}\.{part}$")
-        for part in (
-            *(r"norm1\.linear", r"norm1_context\.linear"),
-            *(r"attn\.to_q", r"attn\.add_q_proj", r"attn\.to_out\.0", r"attn\.to_add_out"),
-            *(rf"{ff}\.net\.{layer}" for ff in ("ff", "ff_context") for layer in (r"0\.proj", "2")),
-            *(rf"attn\.{norm}" for norm in (*_NORMS, "norm_added_q", "norm_added_k")),
-        )
-    ),
-    *(
-        (r"^single_transformer_blocks\.", rf"^{{block}}\.{part}$")
-        for part in (r"norm\.linear", r"attn\.to_q", "proj_out", *(rf"attn\.{norm}" for norm in _NORMS))
-    ),
-)
-"""What its converter of control LoRAs looks for: paths of modules that ask for it, and what may not be lacking."""
 
 PROGRAM = Program(
     id="diffusers",
@@ -135,7 +100,7 @@ PROGRAM = Program(
             layouts=("kohya", "musubi"),
             architectures=("qwen-image", "z-image", "flux2"),
             families=("lora",),
-            keys=r"^lora_unet_",
+            keys=r"^lora_unet_(?!_)",
         ),
         When(
             layouts=("kohya", "musubi"),
@@ -381,7 +346,7 @@ PROGRAM = Program(
                 REFUSES,
                 "wants every module and every norm of FLUX.1 in a control LoRA",
             )
-            for paths, lacking in _WHOLE_FLUX
+            for paths, lacking in WHOLE_FLUX
         ),
         Rule(
             When(layouts=("native",), architectures=("flux",), keys=BARE, paths=r"^norm_out"),
@@ -391,21 +356,21 @@ PROGRAM = Program(
         # musubi-tuner's flattened names.
         *(
             Rule(
-                When(layouts=("kohya", "musubi"), architectures=("wan",), keys=_FLATTENED, lacking=lacking),
+                When(layouts=("kohya", "musubi"), architectures=("wan",), keys=FLATTENED, lacking=lacking),
                 REFUSES,
                 "wants every layer of every block in a file of Wan with flattened names, without gaps",
             )
-            for lacking in _WAN_BLOCK
+            for lacking in WAN_BLOCK
         ),
         *(
             Rule(
                 When(
-                    layouts=("kohya", "musubi"), architectures=("wan",), keys=_FLATTENED, beside=beside, lacking=lacking
+                    layouts=("kohya", "musubi"), architectures=("wan",), keys=FLATTENED, beside=beside, lacking=lacking
                 ),
                 REFUSES,
                 "wants every layer of every block in a file of Wan with flattened names, without gaps",
             )
-            for beside, lacking in _WAN_IMAGE
+            for beside, lacking in WAN_IMAGE
         ),
         *(
             Rule(
@@ -413,13 +378,13 @@ PROGRAM = Program(
             )
             for when in (
                 When(architectures=("wan",), keys=r"^lora_unet_(?!blocks_)"),
-                When(architectures=("wan",), keys=rf"{_FLATTENED}.*(lora_[AB]|\.lora\.|_lora\.|magnitude|dora_scale)"),
-                When(architectures=("wan",), keys=_FLATTENED, has=("no alpha",)),
-                When(architectures=("wan",), keys=_FLATTENED, families=NOT_LORA),
+                When(architectures=("wan",), keys=rf"{FLATTENED}.*(lora_[AB]|\.lora\.|_lora\.|magnitude|dora_scale)"),
+                When(architectures=("wan",), keys=FLATTENED, has=("no alpha",)),
+                When(architectures=("wan",), keys=FLATTENED, families=NOT_LORA),
             )
         ),
         Rule(
-            When(layouts=("kohya", "musubi"), architectures=("z-image", "flux2"), keys=rf"{_FLATTENED}.*lora_[AB]"),
+            When(layouts=("kohya", "musubi"), architectures=("z-image", "flux2"), keys=rf"{FLATTENED}.*lora_[AB]"),
             REFUSES,
             "wants lora_down and lora_up behind flattened names",
         ),

@@ -25,7 +25,13 @@ PROGRAM = Program(
     reads=(
         When(layouts=("kohya",), architectures=("sd15", "sd21"), families=("lora",), written=True),
         When(layouts=("kohya",), architectures=("sdxl",), families=("lora",), namings=("ldm", "diffusers", "hf")),
-        When(layouts=("kohya",), architectures=_OTHERS, families=("lora",), written=True),
+        When(
+            layouts=("kohya",),
+            architectures=_OTHERS,
+            families=("lora",),
+            written=True,
+            keys=r"^lora_(unet_(?!_)|te)",
+        ),
         When(layouts=("kohya",), architectures=(*_UNETS, "flux"), families=("oft",), keys=r"^oft_unet_"),
     ),
     rules=(
