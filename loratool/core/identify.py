@@ -13,7 +13,7 @@ from loratool.core.target import Target, same_shape
 from loratool.core.tensor import LazyTensor
 
 _ADAPTER_SIGNS = ("lora_", ".lora.", "_lora", ".lora", "lokr_", "hada_", ".oft_", ".boft_", ".ia3_l", "dora_scale")
-_ADAPTER_ENDS = (".alpha", ":up", ":down", ".diff", ".diff_b", ".on_input", ".w_norm", ".b_norm")
+_ADAPTER_ENDS = (".alpha", ":up", ":down", ".diff", ".diff_b", ".on_input", ".w_norm", ".b_norm", ".set_weight")
 _VAE = ("decoder.conv_in.weight", "encoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight")
 _EMBEDDINGS = ("emb_params", "string_to_param", "clip_l", "clip_g", "t5xxl")
 
