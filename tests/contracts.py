@@ -554,37 +554,6 @@ def _check_inputs_stay(method: Method, active: Mapping[str, Any]) -> None:
 
 # -- programs -------------------------------------------------------------------------------------------------------
 
-COMING: Mapping[str, frozenset[str]] = {
-    "families": frozenset({"loha", "diff", "ia3", "oft", "boft", "glora", "dylora"}),
-    "layouts": frozenset({"onetrainer", "musubi", "ai-toolkit", "lycoris", "a1111", "mlx", "gguf", "xlabs"}),
-    "architectures": frozenset(
-        [
-            "sd21",
-            "sdxl-refiner",
-            "sd3",
-            "chroma",
-            "flux2",
-            "lumina2",
-            "z-image",
-            "qwen-image",
-            "wan",
-            "hunyuan-video",
-            "hunyuan-image",
-            "ltx-video",
-            "ltx2",
-            "hidream",
-            "auraflow",
-            "pixart",
-            "sana",
-            "cogvideox",
-            "cosmos",
-            "anima",
-            "krea2",
-        ]
-    ),
-}
-"""Ids that rules may name before there is a plug-in."""
-
 
 def check_program(program: Program) -> None:
     """Rules name what exists, say why, and can be told; version and source are told."""
@@ -627,5 +596,5 @@ def _check_ids(program: Program) -> None:
     }
     known = {"families": families(), "layouts": layouts(), "architectures": architectures()}
     for what, ids in named.items():
-        strange = ids - known[what].keys() - COMING[what]
+        strange = ids - known[what].keys()
         assert not strange, f"{program.id}: no {what} are called {', '.join(sorted(strange))}"

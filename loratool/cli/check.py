@@ -39,7 +39,7 @@ def check(
     with told_plainly():
         names = [program_named(name) for name in dict.fromkeys(programs)]
         adapter = open_adapter(file, architecture=architecture)
-        found = [judge(adapter, known()[name]) for name in names]
+        found = [judge(adapter, known()[name], named=architecture is not None) for name in names]
         if as_json:
             told = [report.as_json(one, keys) for one in found]
             print_json(told[0] if len(told) == 1 else told)

@@ -48,15 +48,18 @@ class Keys:
 class Fact:
     """One module as rules see it: `keys` in the file, `paths` of its targets, shapes of its factors by `roles`.
 
-    `naming` is the naming its name is of, `written` whether the layout is written so. `others` are the paths of all
-    modules of the component, `first` the first key of the component, `file` all keys of the file.
+    `layout` is what the file is taken for. Several spell alike, and a program looks at keys only: `layouts` are all
+    that read the module's keys as the same module, `written` those of them that would write them so, `namings` those
+    that its name is of. `others` are the paths of all modules of the component, `first` the first key of the
+    component, `file` all keys of the file.
     """
 
     layout: str
+    layouts: Collection[str]
     architecture: str
     component: str
-    naming: str
-    written: bool
+    namings: Collection[str]
+    written: Collection[str]
     family: str
     roles: Mapping[str, tuple[int, ...]]
     has: Collection[str]
@@ -67,14 +70,19 @@ class Fact:
     file: Keys
 
 
+_BLOCK = re.compile(r"(.*?\.)(\d+)(?=\.|$)")
+
+
 @dataclass(frozen=True, slots=True)
 class When:
     """Which modules are meant: all that is given must hold, and a list names alternatives. Nothing given: every module.
 
-    `keys`, `paths`, `first` and `beside` are expressions, found anywhere in one of the module's keys, in the path of
-    one of its targets, in the component's first key, in any key of the file. `lacking` is one that no path of the
-    component may match; `{parent}` in it is the module's path without its last part. `taller` are two roles: the first
-    factor has more rows than the second.
+    `layouts` are spellings that the module's keys must be in, whatever the file is taken for, `written` whether one of
+    them would write it so. `without` are roles of which the module has none. `keys`, `paths`, `first` and `beside` are
+    expressions, found anywhere in one of the module's keys, in the path of one of its targets, in the component's first
+    key, in any key of the file. `lacking` is one that no path of the component may match; `{parent}` in it is the
+    module's path without its last part, `{block}` the path up to its first number, `{before}` the same with a number
+    that is one less (0 stays). `taller` are two roles: the first factor has more rows than the second.
     """
 
     layouts: tuple[str, ...] = ()
@@ -84,6 +92,7 @@ class When:
     written: bool = False
     families: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     taller: tuple[str, str] | None = None
     has: tuple[str, ...] = ()
     keys: str = ""
@@ -95,13 +104,14 @@ class When:
     def holds(self, fact: Fact) -> bool:
         """Whether the module is one of those that are meant."""
         return (
-            (not self.layouts or fact.layout in self.layouts)
+            (not self.layouts or any(one in fact.layouts for one in self.layouts))
             and (not self.architectures or fact.architecture in self.architectures)
             and (not self.components or fact.component in self.components)
-            and (not self.namings or fact.naming in self.namings)
-            and (not self.written or fact.written)
+            and (not self.namings or any(one in fact.namings for one in self.namings))
+            and (not self.written or any(one in fact.written for one in self.layouts or (fact.layout,)))
             and (not self.families or fact.family in self.families)
             and (not self.roles or any(role in fact.roles for role in self.roles))
+            and not any(role in fact.roles for role in self.without)
             and (self.taller is None or _taller(fact.roles, *self.taller))
             and (not self.has or any(what in fact.has for what in self.has))
             and (not self.keys or any(_compiled(self.keys).search(key) for key in fact.keys))
@@ -112,8 +122,18 @@ class When:
         )
 
     def _lacks(self, fact: Fact) -> bool:
-        parent = next(iter(fact.paths)).rpartition(".")[0]
-        wanted = _compiled(self.lacking.replace("{parent}", re.escape(parent)))
+        path = next(iter(fact.paths))
+        block = _BLOCK.match(path)
+        stem, number = (block[1], int(block[2])) if block else (path, 0)
+        places = {
+            "{parent}": path.rpartition(".")[0],
+            "{block}": f"{stem}{number}",
+            "{before}": f"{stem}{max(number - 1, 0)}",
+        }
+        expression = self.lacking
+        for name, place in places.items():
+            expression = expression.replace(name, re.escape(place))
+        wanted = _compiled(expression)
         return not any(wanted.search(path) for path in fact.others)
 
 
@@ -186,10 +206,10 @@ class Program:
         """The layouts that suit the program for a model, the best first."""
         return self.writes.get(architecture, self.writes["*"])
 
-    def key_rule(self, key: str, layout: str, architecture: str) -> KeyRule:
-        """The rule about a tensor of no module."""
+    def key_rule(self, key: str, layouts: Collection[str], architecture: str) -> KeyRule:
+        """The rule about a tensor of no module in a file that is in any of `layouts`."""
         for rule in self.keys:
-            here = (not rule.layouts or layout in rule.layouts) and (
+            here = (not rule.layouts or any(one in layouts for one in rule.layouts)) and (
                 not rule.architectures or architecture in rule.architectures
             )
             if here and _compiled(rule.keys).search(key):

@@ -67,7 +67,7 @@ def as_lora(
     """
     made, report = [], []
     for module in modules:
-        if not _is_rewritten(module, obstacle):
+        if not is_rewritten(module, obstacle):
             made.append(module)
             continue
         pair, error = _truncated(module, wish, base)
@@ -76,7 +76,7 @@ def as_lora(
     return tuple(made), tuple(report)
 
 
-def _is_rewritten(module: Module, obstacle: Callable[[Module], str | None]) -> bool:
+def is_rewritten(module: Module, obstacle: Callable[[Module], str | None]) -> bool:
     """Whether a module becomes a pair."""
     if module.family is families()["lora"]:
         return "mid" in module.factors and obstacle(module) is not None

@@ -15,6 +15,7 @@ from loratool.core.module import Module
 from loratool.core.program import Program
 from loratool.core.registry import families, layouts, programs
 from loratool.core.tensor import LazyTensor, Source
+from loratool.ops.approximate import is_rewritten
 from loratool.ops.conformance import CHANGED, READ, REFUSED, Conformance, conform
 from loratool.ops.open import open_adapter
 from loratool.ops.spell import spell
@@ -64,12 +65,14 @@ class Candidate:
 
 def check_file(path: str | os.PathLike[str], program: str, architecture: str | None = None) -> Check:
     """How the program of that id loads the adapter at `path`. Raises LoratoolError where it is no adapter."""
-    return check(open_adapter(path, architecture=architecture), programs()[program_named(program)])
+    adapter = open_adapter(path, architecture=architecture)
+    return check(adapter, programs()[program_named(program)], named=architecture is not None)
 
 
-def check(adapter: Adapter, program: Program) -> Check:
+def check(adapter: Adapter, program: Program, *, named: bool = False) -> Check:
     """How `program` loads an adapter as it was read, and what makes it load fully.
 
+    `named`: the model was named by the user, so that commands have to name it again.
     Raises LoratoolError where all its modules are of kinds that have no plug-in, UnknownModel where nothing can be said
     because names are flattened and belong to no known model.
     """
@@ -82,7 +85,7 @@ def check(adapter: Adapter, program: Program) -> Check:
         kinds = ", ".join(f"{count} {family}" for family, count in sorted(adapter.unread_families.items()))
         raise LoratoolError(f"holds no module that can be judged yet, only {kinds}", file=adapter.path)
     found = conform(adapter, program)
-    return Check(found, None if found.fully else _remedy(found))
+    return Check(found, None if found.fully else _remedy(found, named))
 
 
 def program_named(name: str) -> str:
@@ -95,20 +98,27 @@ def program_named(name: str) -> str:
     raise UsageError(f"no program is called {name!r}", hint=f"{nearest}known: {', '.join(sorted(known))}")
 
 
-def _remedy(found: Conformance) -> Remedy | None:
+def _remedy(found: Conformance, named: bool) -> Remedy | None:
     adapter, program = found.adapter, found.program
+    model = ["--architecture", adapter.architecture.id] if named else []
     extras = tuple(adapter.extras)
     some = _applied(found)
     for candidate in candidates(adapter, program):
         some = some or (candidate.conformance is not None and _applied(candidate.conformance))
         if not candidate.fully:
             continue
-        words = ["loratool", "convert", adapter.path or "FILE", "--for", program.id]
+        words = ["loratool", "convert", adapter.path or "FILE", "--for", program.id, *model]
         words += ["--approximate", "lora", "--energy", "0.999"] if candidate.approximated else []
+        words += ["--base", "BASE"] if candidate.approximated and not _additive(adapter) else []
         words += ["--drop-extras"] if extras else []
         command = shlex.join(words) + " -o OUT"
         return Remedy(command, exact=not candidate.approximated, leaves_out=extras)
     return _setting(found) or (_bake(found) if some else None)
+
+
+def _additive(adapter: Adapter) -> bool:
+    """Whether what every module that would be rewritten adds is told by the file alone."""
+    return all(module.family.additive or len(module.shape) < 2 for module in adapter.modules)
 
 
 def _applied(found: Conformance) -> bool:
@@ -155,8 +165,8 @@ def candidates(adapter: Adapter, program: Program) -> Iterator[Candidate]:
         plain = replace(empty, modules=tuple(replace(module, alpha=None) for module in empty.modules))
         yield from (_candidate(plain, program, layout, folded=True) for layout in usable)
     for layout in usable:
-        modules = tuple(_pair(m) if layout.obstacle(m) else m for m in empty.modules)
-        if modules != empty.modules:
+        modules = tuple(_pair(m) if is_rewritten(m, layout.obstacle) else m for m in empty.modules)
+        if any(one is not other for one, other in zip(modules, empty.modules, strict=True)):
             yield _candidate(replace(empty, modules=modules), program, layout, approximated=True)
 
 

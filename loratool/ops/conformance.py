@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from loratool.core.adapter import CONFIG, Adapter
-from loratool.core.architecture import Voice
+from loratool.core.architecture import Spoken, Voice
+from loratool.core.layout import Layout
 from loratool.core.module import Module
 from loratool.core.program import (
     CHANGES,
@@ -24,6 +25,7 @@ from loratool.core.program import (
     Program,
     When,
 )
+from loratool.core.registry import layouts
 
 FULLY, DIFFERENTLY, NOT = "loads fully", "loads but differently", "does not load"
 READ, CHANGED, IGNORED, REFUSED = "read", "changed", "ignored", "refused"
@@ -98,8 +100,9 @@ class Conformance:
 def conform(adapter: Adapter, program: Program) -> Conformance:
     """How `program` loads `adapter`, a file as it was read."""
     view = _View(adapter)
-    fates = tuple(_fate(program, view, module, fact) for module, fact in view.facts())
-    key_fates = tuple(_key_fates(program, adapter))
+    facts = tuple(view.facts())
+    fates = tuple(_fate(program, view, module, fact) for module, fact in facts)
+    key_fates = tuple(_key_fates(program, adapter, _common(facts, adapter)))
     reasons = (*_unknown_kinds(adapter), *_reasons(fates, key_fates))
     return Conformance(program, adapter, _verdict(fates, key_fates, reasons), fates, key_fates, reasons)
 
@@ -118,8 +121,7 @@ class _View:
         self.adapter = adapter
         self.paths = {c: tuple(t.path for m in adapter.of(c) for t in m.targets) for c in adapter.components}
         self.alphas = {c: _commonest_alpha(adapter.of(c)) for c in adapter.components}
-        written = adapter.architecture.writes.get(adapter.layout, {})
-        self.written = {c: _in_folder(adapter.voices.get(c)) == written.get(c) for c in adapter.components}
+        self.spellings = _Spellings(adapter)
         self.file = Keys(tuple(adapter.stored))
         order = {key: at for at, key in enumerate(adapter.stored)}
         firsts = {c: [key for m in adapter.of(c) for key in m.keys.values()] for c in adapter.components}
@@ -130,15 +132,16 @@ class _View:
         adapter = self.adapter
         for module in adapter.modules:
             component = module.component
-            voice = adapter.voices.get(component)
+            voices = self.spellings.of(module)
             yield (
                 module,
                 Fact(
                     layout=adapter.layout,
+                    layouts=voices.keys(),
                     architecture=adapter.architecture.id,
                     component=component,
-                    naming=voice.naming if voice else "",
-                    written=self.written[component],
+                    namings={voice.naming for voice in voices.values()},
+                    written=self.spellings.written(voices, component),
                     family=module.family.id,
                     roles=module.shapes,
                     has=frozenset(_has(module)),
@@ -158,6 +161,46 @@ class _View:
         if scaling == CONFIGS:
             return _config_scale(self.adapter, module)
         return 1.0
+
+
+class _Spellings:
+    """In which layouts an adapter's modules are spelled as they are in the file."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self.others = () if adapter.architecture.open else tuple(one for one in layouts().values())
+
+    def of(self, module: Module) -> Mapping[str, Voice]:
+        """layout -> the voice in which it reads the module's keys as this module; the file's own layout first."""
+        adapter = self.adapter
+        own = adapter.voices.get(module.component)
+        found = {adapter.layout: own or Voice("", "")}
+        for layout in self.others:
+            said = self._said(layout, module)
+            if said is not None:
+                found[layout.id] = said.voice
+        return found
+
+    def _said(self, layout: Layout, module: Module) -> Spoken | None:
+        """What a layout takes the module's keys for, if for this module."""
+        parts = [layout.split(key) for key in module.keys.values()]
+        stem = parts[0][0] if parts and parts[0] is not None else ""
+        if not stem or any(part is None or part[0] != stem for part in parts):
+            return None
+        paths = [(target.component, target.path) for target in module.targets]
+        for said in layout.resolve(stem, self.adapter.architecture, self.adapter.metadata):
+            if said.targets and [(target.component, target.path) for target in said.targets] == paths:
+                return said
+        return None
+
+    def written(self, voices: Mapping[str, Voice], component: str) -> frozenset[str]:
+        """Which of these layouts write a component in the voice that it is read in."""
+        architecture = self.adapter.architecture
+        return frozenset(
+            name
+            for name, voice in voices.items()
+            if name in layouts() and layouts()[name].written(architecture).get(component) == _in_folder(voice)
+        )
 
 
 def _in_folder(voice: Voice | None) -> Voice | None:
@@ -262,9 +305,16 @@ def _why_unread(program: Program, fact: Fact, module: Module) -> str:
     return f"{program.title} reads no {fact.layout} files for {fact.architecture}"
 
 
-def _key_fates(program: Program, adapter: Adapter) -> Iterable[KeyFate]:
+def _common(facts: Iterable[tuple[Module, Fact]], adapter: Adapter) -> frozenset[str]:
+    """The layouts that every module is spelled in."""
+    return frozenset({adapter.layout}).union(
+        frozenset.intersection(*(frozenset(fact.layouts) for _, fact in facts)) if adapter.modules else ()
+    )
+
+
+def _key_fates(program: Program, adapter: Adapter, layouts: Collection[str]) -> Iterable[KeyFate]:
     for key in adapter.extras:
-        rule = program.key_rule(key, adapter.layout, adapter.architecture.id)
+        rule = program.key_rule(key, layouts, adapter.architecture.id)
         outcome = {REFUSES: REFUSED, IGNORES: IGNORED}.get(rule.does, READ)
         yield KeyFate(key, outcome, f"{program.title} {rule.why}" if rule.why else "")
 

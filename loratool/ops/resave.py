@@ -113,7 +113,10 @@ def _write(
 def _opened(path: str | os.PathLike[str]) -> Bundle:
     bundle = read_bundle(path)
     if not any(is_pickle(file) for file in adapter_files(Path(path))):
-        raise UsageError("is safetensors already: there is nothing to convert", hint="say in which layout with --to")
+        raise UsageError(
+            "is safetensors already: there is nothing to convert",
+            hint="say in which layout with --to, or for which program with --for",
+        )
     return bundle
 
 

@@ -15,6 +15,7 @@ TRANSFORMERS = (
     "qwen-image",
     "wan",
     "hunyuan-video",
+    "hunyuan-video-15",
     "hunyuan-image",
     "ltx-video",
     "ltx2",
@@ -24,13 +25,14 @@ TRANSFORMERS = (
     "sana",
     "cogvideox",
     "cosmos",
+    "cosmos1",
     "anima",
     "krea2",
 )
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
-NOT_LORA = ("loha", "lokr", "diff", "ia3", "oft", "boft", "glora", "dylora")
+NOT_LORA = ("loha", "lokr", "diff", "set", "ia3", "oft", "boft", "glora")
 """Every family but LoRA itself."""
 
 DOTTED = ("comfyui", "ai-toolkit")
@@ -46,8 +48,8 @@ LETTERS = r"\.lora_[AB]\.weight$"
 VECTOR = r"\.lora_magnitude_vector(\.weight)?$"
 """PEFT's name of a DoRA magnitude."""
 
-CONTROL = r"^(double|single)_blocks\.\d+\..*(query|key)_norm\.scale$"
-"""BFL's control LoRAs for FLUX.1 bring the norms of the attention along."""
+CONTROL = r"^single_blocks\.0\.norm\.key_norm\.scale$"
+"""BFL's control LoRAs for FLUX.1 bring the norms of the attention along; programs know them by this one."""
 
 BARE = r"^(double_blocks|single_blocks|img_in|txt_in|time_in|vector_in|guidance_in|final_layer)\."
 """Native names without a prefix, as control LoRAs have them."""

@@ -32,14 +32,14 @@ PROGRAM = Program(
     ),
     reads=(
         When(
-            layouts=("kohya", "a1111"),
+            layouts=("kohya",),
             architectures=("sd15", "sd21"),
             families=_FAMILIES,
             namings=("diffusers", "hf"),
             keys=r"^lora_(unet|te1?)_",
         ),
         When(
-            layouts=("kohya", "a1111"),
+            layouts=("kohya",),
             architectures=("sdxl", "sdxl-refiner"),
             families=_FAMILIES,
             namings=("ldm", "diffusers", "hf"),
@@ -49,8 +49,18 @@ PROGRAM = Program(
     ),
     rules=(
         *_WHOLE_ATTENTION,
-        Rule(When(layouts=("kohya", "a1111"), keys=GLUED), IGNORES, "finds no module for `_lora.down` and `_lora.up`"),
-        Rule(When(layouts=("kohya", "a1111"), keys=NESTED), REFUSES, "raises an error at `.lora.down` and `.lora.up`"),
+        Rule(When(layouts=("kohya",), keys=GLUED), IGNORES, "finds no module for `_lora.down` and `_lora.up`"),
+        Rule(When(layouts=("kohya",), keys=NESTED), REFUSES, "raises an error at `.lora.down` and `.lora.up`"),
+        Rule(
+            When(families=("diff",), without=("diff", "w_norm")),
+            REFUSES,
+            "raises an error at a bias (diff_b) without a weight",
+        ),
+        Rule(
+            When(families=("diff",), roles=("w_norm",), without=("bias",)),
+            REFUSES,
+            "raises an error at a norm without a bias (b_norm)",
+        ),
         Rule(When(keys=VECTOR), DROPS, "reads DoRA magnitudes as dora_scale only", "magnitude"),
         Rule(
             When(has=("magnitude per output",), keys=r"\.dora_scale$"),
@@ -59,8 +69,8 @@ PROGRAM = Program(
         ),
     ),
     keys=(
-        KeyRule(r"^bundle_emb\.", "", layouts=("kohya", "a1111")),
+        KeyRule(r"^bundle_emb\.", "", layouts=("kohya",)),
         KeyRule(r"", IGNORES, "passes over keys that match no module"),
     ),
-    writes={"*": ("a1111", "kohya"), "sd3": ("diffusers",)},
+    writes={"*": ("kohya",), "sd3": ("diffusers",)},
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from loratool.core.program import CHANGES, DROPS, IGNORES, ONE, SCALES, KeyRule, Program, Rule, When
 from loratool.programs._models import BARE, CONTROL, SD
 
-_FAMILIES = ("lora", "loha", "lokr", "glora", "oft", "boft", "diff")
+_FAMILIES = ("lora", "loha", "lokr", "glora", "oft", "boft", "diff", "set")
 _CLIP = r"^text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])$"
 
 PROGRAM = Program(
@@ -19,10 +19,17 @@ PROGRAM = Program(
     ),
     reads=(
         # Native names with dots: every weight of the model and of its text encoders.
-        When(layouts=("comfyui", "ai-toolkit"), families=_FAMILIES, keys=r"^diffusion_model\."),
+        When(layouts=("comfyui",), written=True, families=_FAMILIES, keys=r"^diffusion_model\."),
+        When(
+            layouts=("comfyui", "ai-toolkit"),
+            architectures=("z-image", "lumina2"),
+            namings=("diffusers",),
+            families=_FAMILIES,
+            keys=r"^diffusion_model\.",
+        ),
         When(layouts=("comfyui",), families=_FAMILIES, namings=("hf",), keys=r"^text_encoders\."),
         # BFL's control LoRAs, which have no prefix, are renamed.
-        When(layouts=("comfyui",), architectures=("flux",), families=_FAMILIES, keys=BARE, beside=CONTROL),
+        When(layouts=("native",), architectures=("flux",), families=("lora", "set"), keys=BARE, beside=CONTROL),
         When(
             layouts=("comfyui",),
             architectures=("ltx-video", "ltx2", "qwen-image", "z-image", "krea2"),
@@ -31,23 +38,28 @@ PROGRAM = Program(
         ),
         # Flattened names: native ones, and diffusers' for UNets.
         When(
-            layouts=("kohya", "musubi", "a1111"),
+            layouts=("kohya", "musubi"),
             components=("unet", "transformer"),
             families=_FAMILIES,
             written=True,
-            keys=r"^lora_unet_",
+            keys=r"^lora_unet_(?!_)",
+        ),
+        When(layouts=("kohya",), architectures=SD, components=("unet",), families=_FAMILIES, keys=r"^lora_unet_"),
+        When(
+            layouts=("kohya", "musubi"),
+            architectures=("wan",),
+            families=_FAMILIES,
+            keys=r"^lora_unet__",
+            beside=r"^lora_unet__blocks_0_cross_attn_k\.lora_down\.weight$",
         ),
         When(
-            layouts=("kohya", "a1111"), architectures=SD, components=("unet",), families=_FAMILIES, keys=r"^lora_unet_"
-        ),
-        When(
-            layouts=("kohya", "a1111"),
+            layouts=("kohya",),
             components=("text_encoder", "text_encoder_2"),
             families=_FAMILIES,
             keys=r"^lora_te[12]?_",
             paths=_CLIP,
         ),
-        When(layouts=("kohya", "a1111"), architectures=("sdxl",), families=_FAMILIES, paths=r"^text_projection$"),
+        When(layouts=("kohya",), architectures=("sdxl",), families=_FAMILIES, paths=r"^text_projection$"),
         When(
             layouts=("kohya", "onetrainer"),
             architectures=("flux", "sd3"),
@@ -103,7 +115,13 @@ PROGRAM = Program(
             keys=r"^(?!transformer\.|text_encoder)",
         ),
         When(layouts=("peft",), architectures=("sd3", "pixart"), components=("transformer",), families=_FAMILIES),
-        When(layouts=("xlabs",), architectures=("flux",), families=("lora",)),
+        When(
+            layouts=("xlabs",),
+            architectures=("flux",),
+            families=("lora",),
+            keys=r"^(double|single)_blocks\.",
+            beside=r"^single_blocks\.37\.processor\.qkv_lora\.up\.weight$",
+        ),
     ),
     rules=(
         Rule(
@@ -141,9 +159,6 @@ PROGRAM = Program(
             "divides a DoRA magnitude per output by the norm of the base weight, not of the updated one",
         ),
     ),
-    keys=(
-        KeyRule(CONTROL, "", layouts=("comfyui",), architectures=("flux",)),
-        KeyRule(r"", IGNORES, "warns of tensors that it knows no place for"),
-    ),
+    keys=(KeyRule(r"", IGNORES, "warns of tensors that it knows no place for"),),
     writes={"*": ("comfyui", "kohya")},
 )

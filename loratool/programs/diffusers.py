@@ -6,10 +6,10 @@ What is said of Stable Diffusion and FLUX.1 is tested; the rest is read from `lo
 
 from __future__ import annotations
 
-from loratool.core.program import COMMONEST, DROPS, IGNORES, ONE, REFUSES, SCALES, KeyRule, Program, Rule, When
+from loratool.core.program import CHANGES, COMMONEST, DROPS, IGNORES, ONE, REFUSES, SCALES, KeyRule, Program, Rule, When
+from loratool.programs._diffusers import FLATTENED, WAN_BLOCK, WAN_IMAGE, WHOLE_FLUX
 from loratool.programs._models import (
     BARE,
-    CONTROL,
     DOTTED,
     ENCODERS,
     GLUED,
@@ -87,11 +87,41 @@ PROGRAM = Program(
             families=("lora",),
             keys=r"^diffusion_model\..*\.lora_down\.weight$",
         ),
-        When(layouts=("comfyui",), architectures=("flux",), families=("lora",), keys=BARE, beside=CONTROL),
+        When(
+            layouts=("native",),
+            architectures=("flux",),
+            families=("lora", "set"),
+            keys=BARE,
+            beside=r"query_norm\.scale",
+        ),
         When(layouts=("peft",), architectures=("flux",), namings=("bfl",), families=("lora",)),  # fal's Kontext trainer
         When(layouts=("xlabs",), architectures=("flux",), components=("transformer",), families=("lora",)),
-        When(layouts=("kohya", "musubi"), architectures=("wan", "qwen-image", "z-image", "flux2"), families=("lora",)),
-        When(layouts=DOTTED, architectures=("wan", "qwen-image", "z-image", *_UNSCALED), families=("lora",)),
+        When(
+            layouts=("kohya", "musubi"),
+            architectures=("qwen-image", "z-image", "flux2"),
+            families=("lora",),
+            keys=r"^lora_unet_(?!_)",
+        ),
+        When(
+            layouts=("kohya", "musubi"),
+            architectures=("wan",),
+            namings=("native",),
+            families=("lora",),
+            keys=r"^lora_unet_blocks_",
+        ),
+        When(
+            layouts=DOTTED,
+            architectures=("wan", "qwen-image", "z-image", *_UNSCALED),
+            families=("lora",),
+            keys=r"^diffusion_model\.",
+        ),
+        When(
+            layouts=("diffusers",),
+            architectures=("qwen-image", "z-image"),
+            families=("lora",),
+            keys=r"^(transformer_blocks|layers)\.",
+            beside=r"\.alpha$|\.default\.",
+        ),
         # Tencent's own names only: with ComfyUI's dots (img_attn.qkv) nothing is converted.
         When(layouts=DOTTED, architectures=("hunyuan-video",), families=("lora",), beside=r"img_attn_qkv"),
         When(layouts=(*DOTTED, "diffusers"), architectures=("flux2", "z-image"), families=("lokr",)),
@@ -258,7 +288,7 @@ PROGRAM = Program(
             unread=True,
         ),
         Rule(
-            When(layouts=DOTTED, architectures=("flux",), namings=("omi",)),
+            When(layouts=("omi",), architectures=("flux",)),
             REFUSES,
             "cannot convert OneTrainer's OMI names",
             unread=True,
@@ -309,6 +339,55 @@ PROGRAM = Program(
             "gives modules without an alpha the commonest one of their component",
             COMMONEST,
         ),
+        # Control LoRAs.
+        *(
+            Rule(
+                When(layouts=("native",), architectures=("flux",), keys=BARE, lacking=lacking, paths=paths),
+                REFUSES,
+                "wants every module and every norm of FLUX.1 in a control LoRA",
+            )
+            for paths, lacking in WHOLE_FLUX
+        ),
+        Rule(
+            When(layouts=("native",), architectures=("flux",), keys=BARE, paths=r"^norm_out"),
+            CHANGES,
+            "swaps the halves of lora_A, too, where it swaps shift and scale of a control LoRA's last modulation",
+        ),
+        # musubi-tuner's flattened names.
+        *(
+            Rule(
+                When(layouts=("kohya", "musubi"), architectures=("wan",), keys=FLATTENED, lacking=lacking),
+                REFUSES,
+                "wants every layer of every block in a file of Wan with flattened names, without gaps",
+            )
+            for lacking in WAN_BLOCK
+        ),
+        *(
+            Rule(
+                When(
+                    layouts=("kohya", "musubi"), architectures=("wan",), keys=FLATTENED, beside=beside, lacking=lacking
+                ),
+                REFUSES,
+                "wants every layer of every block in a file of Wan with flattened names, without gaps",
+            )
+            for beside, lacking in WAN_IMAGE
+        ),
+        *(
+            Rule(
+                when, REFUSES, "knows nothing but lora_down, lora_up and alpha of the blocks in flattened names of Wan"
+            )
+            for when in (
+                When(architectures=("wan",), keys=r"^lora_unet_(?!blocks_)"),
+                When(architectures=("wan",), keys=rf"{FLATTENED}.*(lora_[AB]|\.lora\.|_lora\.|magnitude|dora_scale)"),
+                When(architectures=("wan",), keys=FLATTENED, has=("no alpha",)),
+                When(architectures=("wan",), keys=FLATTENED, families=NOT_LORA),
+            )
+        ),
+        Rule(
+            When(layouts=("kohya", "musubi"), architectures=("z-image", "flux2"), keys=rf"{FLATTENED}.*lora_[AB]"),
+            REFUSES,
+            "wants lora_down and lora_up behind flattened names",
+        ),
         # Models whose converter knows lora_A and lora_B only.
         Rule(
             When(layouts=DOTTED, architectures=_UNSCALED, keys=r"\.lora_(up|down)\.weight$"),
@@ -316,13 +395,12 @@ PROGRAM = Program(
             "converts lora_A and lora_B only in native names",
         ),
         Rule(
-            When(layouts=DOTTED, architectures=("lumina2",), lacking=r"attn\.to_out\.0$"),
+            When(layouts=DOTTED, architectures=("lumina2",), keys=r"^diffusion_model\.", lacking=r"attn\.to_out\.0$"),
             REFUSES,
             "wants every module of Lumina's attention in a file with native names",
         ),
     ),
     keys=(
-        KeyRule(CONTROL, "", layouts=("comfyui",), architectures=("flux",)),
         KeyRule(r"^(?!.*lora)", REFUSES, _EACH_KEY, architectures=(*_NO_ALPHA, "qwen-image", "z-image")),
         KeyRule(r"", IGNORES, "passes over tensors of no module, with a warning at most"),
     ),

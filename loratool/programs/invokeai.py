@@ -20,14 +20,14 @@ PROGRAM = Program(
     ),
     reads=(
         When(
-            layouts=("kohya", "a1111"),
+            layouts=("kohya",),
             architectures=("sd15", "sd21"),
             families=_FAMILIES,
             written=True,
             keys=r"^lora_(unet|te)_",
         ),
         When(
-            layouts=("kohya", "a1111"),
+            layouts=("kohya",),
             architectures=("sdxl",),
             families=_FAMILIES,
             namings=("ldm", "diffusers", "hf"),
@@ -51,13 +51,20 @@ PROGRAM = Program(
             namings=("bfl",),
             keys=r"^diffusion_model\.",
         ),
-        When(layouts=("comfyui",), architectures=("flux",), families=("lora",), keys=BARE, beside=CONTROL),
+        When(layouts=("native",), architectures=("flux",), families=("lora", "set"), keys=BARE, beside=CONTROL),
+        When(
+            layouts=("omi",),
+            architectures=("flux",),
+            components=("transformer",),
+            families=("lora",),
+            beside=r"\.qkv\.[012]\.|\.linear1\.0\.",
+        ),
         When(layouts=("xlabs",), architectures=("flux",), families=("lora",), paths=r"^transformer_blocks\."),
         When(layouts=("kohya", "musubi", "diffusers", *DOTTED), architectures=_NEWER, families=_FAMILIES),
     ),
     rules=(
         Rule(
-            When(layouts=("kohya", "a1111"), families=("glora", "oft", "boft", "dylora")),
+            When(layouts=("kohya",), families=("glora", "oft", "boft", "set")),
             REFUSES,
             "raises an error at kinds that it has no layer for",
         ),
@@ -67,7 +74,7 @@ PROGRAM = Program(
             "expects a LoRA beside every DoRA magnitude",
         ),
         Rule(
-            When(layouts=("kohya", "a1111"), architectures=SD, keys=rf"{GLUED}|{NESTED}|{LETTERS}"),
+            When(layouts=("kohya",), architectures=SD, keys=rf"{GLUED}|{NESTED}|{LETTERS}"),
             REFUSES,
             "wants lora_down and lora_up behind flattened names",
         ),
@@ -86,6 +93,20 @@ PROGRAM = Program(
             "knows Stable Diffusion by kohya's names only",
         ),
         # FLUX.1, as told by its keys.
+        Rule(
+            When(layouts=("omi",), architectures=("flux",), components=("text_encoder", "text_encoder_2")),
+            REFUSES,
+            "reads nothing but the transformer from OneTrainer's OMI names",
+        ),
+        Rule(
+            When(
+                layouts=("omi",),
+                architectures=("flux",),
+                keys=r"(?<!\.lora_down\.weight)(?<!\.lora_up\.weight)(?<!\.alpha)$",
+            ),
+            REFUSES,
+            "knows lora_down, lora_up and alpha behind OneTrainer's OMI names only",
+        ),
         Rule(
             When(
                 layouts=("kohya",),
@@ -144,7 +165,6 @@ PROGRAM = Program(
         ),
     ),
     keys=(
-        KeyRule(CONTROL, "", layouts=("comfyui",), architectures=("flux",)),
         KeyRule(r"^bundle_emb", IGNORES, "leaves bundled embeddings out"),
         KeyRule(r"", REFUSES, "knows SDXL keys by three prefixes and refuses others", architectures=("sdxl",)),
         KeyRule(r"", REFUSES, _PARTLY, architectures=("flux",)),

@@ -23,12 +23,16 @@ PROGRAM = Program(
         "https://github.com/kohya-ss/sd-scripts/blob/v0.10.1/gen_img.py",
     ),
     reads=(
-        When(layouts=("kohya", "a1111"), architectures=("sd15", "sd21"), families=("lora",), written=True),
+        When(layouts=("kohya",), architectures=("sd15", "sd21"), families=("lora",), written=True),
+        When(layouts=("kohya",), architectures=("sdxl",), families=("lora",), namings=("ldm", "diffusers", "hf")),
         When(
-            layouts=("kohya", "a1111"), architectures=("sdxl",), families=("lora",), namings=("ldm", "diffusers", "hf")
+            layouts=("kohya",),
+            architectures=_OTHERS,
+            families=("lora",),
+            written=True,
+            keys=r"^lora_(unet_(?!_)|te)",
         ),
-        When(layouts=("kohya", "a1111"), architectures=_OTHERS, families=("lora",), written=True),
-        When(layouts=("kohya",), architectures=(*_UNETS, "flux"), families=("oft", "dylora"), written=True),
+        When(layouts=("kohya",), architectures=(*_UNETS, "flux"), families=("oft",), keys=r"^oft_unet_"),
     ),
     rules=(
         Rule(
@@ -51,7 +55,7 @@ PROGRAM = Program(
             "has networks in the attention and MLP of text encoders only",
         ),
         Rule(
-            When(architectures=("flux",), families=("loha", "lokr", "diff", "ia3", "boft", "glora")),
+            When(architectures=("flux",), families=("loha", "lokr", "diff", "set", "ia3", "boft", "glora")),
             REFUSES,
             _STRICT.format("kinds that need LyCORIS"),
         ),

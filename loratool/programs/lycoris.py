@@ -1,9 +1,12 @@
-"""lycoris: `lycoris.kohya.create_network_from_weights`, what sd-scripts loads with `--network_module lycoris.kohya`."""
+"""lycoris: what sd-scripts loads with `--network_module lycoris.kohya` (`create_network_from_weights`), and files with
+`lycoris_` in front, which LyCORIS' own wrapper loads into one model (`create_lycoris_from_weights`)."""
 
 from __future__ import annotations
 
 from loratool.core.program import DROPS, IGNORES, REFUSES, KeyRule, Program, Rule, When
 from loratool.programs._models import GLUED, LETTERS, NESTED, VECTOR
+
+_FAMILIES = ("lora", "loha", "lokr", "diff", "ia3", "oft", "boft", "glora")
 
 PROGRAM = Program(
     id="lycoris",
@@ -11,19 +14,21 @@ PROGRAM = Program(
     version="4.1.3",
     sources=(
         "https://github.com/KohakuBlueleaf/LyCORIS/blob/v4.1.3/lycoris/kohya.py",
+        "https://github.com/KohakuBlueleaf/LyCORIS/blob/v4.1.3/lycoris/wrapper.py",
         "https://github.com/KohakuBlueleaf/LyCORIS/tree/v4.1.3/lycoris/modules",
     ),
     reads=(
         When(
             layouts=("kohya",),
             written=True,
-            families=("lora", "loha", "lokr", "diff", "ia3", "oft", "boft", "glora"),
+            families=_FAMILIES,
             keys=r"^lora_(unet|te\d?)_",
         ),
+        When(layouts=("lycoris",), written=True, families=_FAMILIES),
     ),
     rules=(
         Rule(
-            When(architectures=("sd15", "sd21"), components=("unet",)),
+            When(architectures=("sd15", "sd21"), components=("unet",), keys=r"^lora_unet_"),
             REFUSES,
             "fails on UNets with diffusers' names: its list of modules has time_embedding twice",
         ),
@@ -50,5 +55,5 @@ PROGRAM = Program(
         Rule(When(keys=VECTOR), DROPS, "reads DoRA magnitudes as dora_scale only", "magnitude"),
     ),
     keys=(KeyRule(r"", IGNORES, "passes over tensors of no module"),),
-    writes={"*": ("kohya",)},
+    writes={"*": ("kohya", "lycoris")},
 )

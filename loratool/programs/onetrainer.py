@@ -22,7 +22,18 @@ _MODELS = (
     "anima",
     "krea2",
 )
-_LAYOUTS = ("onetrainer", "kohya", "a1111", "lycoris", "musubi", "diffusers", "comfyui", "ai-toolkit", "peft")
+_LAYOUTS = (
+    "onetrainer",
+    "omi",
+    "kohya",
+    "lycoris",
+    "musubi",
+    "diffusers",
+    "comfyui",
+    "ai-toolkit",
+    "native",
+    "peft",
+)
 
 PROGRAM = Program(
     id="onetrainer",
@@ -36,7 +47,7 @@ PROGRAM = Program(
     reads=(When(layouts=_LAYOUTS, architectures=_MODELS, families=("lora", "loha", "lokr")),),
     rules=(
         Rule(
-            When(families=("glora", "ia3", "diff", "dylora")),
+            When(families=("glora", "ia3", "diff", "set")),
             REFUSES,
             "refuses a file with other kinds than LoRA, LoHa, LoKr and its own OFT",
         ),

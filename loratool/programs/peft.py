@@ -20,6 +20,13 @@ PROGRAM = Program(
             families=("lora", "loha", "lokr", "ia3", "oft", "boft"),
             keys=r"^([\w-]+/)?base_model\.model\.(?!(unet|transformer|text_encoder(_\d)?)\.)",
         ),
+        # A language model may be called `transformer` within its class.
+        When(
+            layouts=("peft",),
+            architectures=("generic",),
+            families=("lora", "loha", "lokr", "ia3", "oft", "boft"),
+            keys=r"^base_model\.model\.transformer\.",
+        ),
     ),
     keys=(
         KeyRule(r"\.(modules_to_save\.)?[\w.]*(weight|bias)$", "", layouts=("peft",), architectures=("generic",)),

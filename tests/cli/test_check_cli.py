@@ -220,6 +220,33 @@ def test_other_kinds_are_rewritten_only_when_asked(tmp_path: Path) -> None:
     assert run("check", output, "--for", "diffusers").exit_code == 0
 
 
+def test_a_command_names_the_model_where_the_user_had_to(tmp_path: Path) -> None:
+    """The second encoder of SDXL alone could be that of several models."""
+    stem = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
+    tensors = {f"{stem}.lora_down.weight": torch.randn(4, 1280), f"{stem}.lora_up.weight": torch.randn(5120, 4)}
+    stored = {key: LazyTensor.from_torch(tensor) for key, tensor in tensors.items()}
+    file, output = write_file(tmp_path / "x.safetensors", Bundle(stored)), tmp_path / "out"
+    result = run("check", file, "--for", "peft", "--architecture", "sdxl", columns=300)
+    (command,) = re.findall(r"(loratool convert .*) -o OUT", flat(result.stdout))
+    assert "--architecture sdxl" in command
+    assert run(*shlex.split(command)[1:], "-o", output).exit_code == 0
+    assert run("check", output, "--for", "peft", "--architecture", "sdxl").exit_code == 0
+
+
+def test_a_command_asks_for_the_base_where_a_rewrite_needs_it(tmp_path: Path) -> None:
+    def oft(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+        stem = next(key for key in tensors if key.endswith("attn1_to_q.lora_down.weight")).partition(".")[0]
+        rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(stem)}
+        blocks = {".oft_blocks": torch.randn(80, 4, 4), ".alpha": torch.tensor(0.0)}
+        return {**rest, **{stem + suffix: LazyTensor.from_torch(tensor) for suffix, tensor in blocks.items()}}
+
+    file = written(tmp_path / "x.safetensors", "kohya", oft)
+    for name in ("diffusers", "kohya"):
+        remedy = json.loads(run("check", file, "--for", name, "--json").stdout)["remedy"]
+        assert "--approximate lora --energy 0.999 --base BASE" in remedy["command"]
+        assert not remedy["exact"]
+
+
 def test_the_original_comes_back_where_the_program_loads_it(lora: Path, tmp_path: Path) -> None:
     there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
     assert run("convert", lora, "--for", "diffusers", "-o", there).exit_code == 0

@@ -240,7 +240,7 @@ def test_an_encoder_of_which_it_finds_no_rank(tmp_path: Path) -> None:
 
     source = kohya_file(tmp_path / "k.safetensors", "sdxl", only=projection, alphas=(4.0,))
     assert verdict(source, "sdxl") == NOT
-    convert_file(source, "diffusers", tmp_path / "d.safetensors")
+    convert_file(source, "diffusers", tmp_path / "d.safetensors", architecture="sdxl")
     assert verdict(tmp_path / "d.safetensors", "sdxl") == NOT
 
 

@@ -12,7 +12,10 @@ import torch
 pytest.importorskip("lycoris")
 pytest.importorskip("diffusers")
 
+from lycoris import LycorisNetwork, create_lycoris
+from lycoris.config import PRESET
 from lycoris.kohya import create_network_from_weights
+from lycoris.wrapper import create_lycoris_from_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -160,3 +163,62 @@ def test_stable_diffusion_1(tmp_path: Path) -> None:
     found = conform(open_adapter(source), programs()["lycoris"])
     assert found.verdict == NOT
     assert_as_told(found, source, "sd15")
+
+
+KINDS: dict[str, tuple[dict[str, object], bool]] = {
+    # what LyCORIS trains: (its arguments, whether it reads it again)
+    "LoRA": ({}, True),
+    "LoRA, Tucker": ({"use_tucker": True}, True),
+    "LoRA and norms": ({"train_norm": True}, True),
+    "DoRA per output": ({"dora_wd": True}, True),
+    "DoRA per input": ({"dora_wd": True, "wd_on_output": False}, False),
+    "LoHa": ({"algo": "loha"}, True),
+    "LoHa, Tucker": ({"algo": "loha", "use_tucker": True}, True),
+    "LoHa, DoRA": ({"algo": "loha", "dora_wd": True}, True),
+    "LoKr": ({"algo": "lokr", "factor": 4}, True),
+    "LoKr, unbalanced": ({"algo": "lokr", "factor": 4, "unbalanced_factorization": True}, False),
+    "full": ({"algo": "full"}, True),
+    "GLoRA": ({"algo": "glora"}, True),
+    "OFT": ({"algo": "diag-oft"}, True),
+    "OFT, rescaled": ({"algo": "diag-oft", "rescaled": True}, True),
+    "BOFT": ({"algo": "boft"}, True),
+    "IA3": ({"algo": "ia3"}, False),
+}
+PLACES = ("down_blocks_0_", "input_blocks_1_", "input_blocks_2_", "input_blocks_4_")
+
+
+def trained(model: nn.Module, prefix: str, arguments: dict[str, object]) -> Tensors:
+    """What LyCORIS saves of a few blocks of a model, every value moved."""
+    LycorisNetwork.apply_preset(PRESET["full"])
+    network = create_lycoris(model, 1.0, linear_dim=4, linear_alpha=2.0, conv_dim=4, conv_alpha=2.0, **arguments)
+    found = {}
+    for lora in network.loras:
+        if any(place in lora.lora_name for place in PLACES):
+            for name, tensor in lora.state_dict().items():
+                moved = tensor + 0.1 * torch.randn_like(tensor) if tensor.dim() else tensor
+                found[f"{lora.lora_name.replace('lycoris_', prefix, 1)}.{name}"] = moved.detach().contiguous()
+    return found
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["lycoris_", "lora_unet_"])
+@pytest.mark.parametrize("name", KINDS)
+def test_its_own_kinds(name: str, wrapped: bool, tmp_path: Path) -> None:
+    """Of its own wrapper around Stable Diffusion 1.x, and of sd-scripts around SDXL."""
+    arguments, expected = KINDS[name]
+    torch.manual_seed(0)
+    unet = pipeline("sd15").unet if wrapped else sgm_unet(pipeline("sdxl"))
+    tensors = trained(unet, "lycoris_" if wrapped else "lora_unet_", arguments)
+    file = tmp_path / "x.safetensors"
+    save_file(tensors, file)
+    adapter = open_adapter(file)
+    assert (adapter.layout, bool(adapter.extras)) == ("lycoris" if wrapped else "kohya", False)
+    assert len(adapter.modules) == len({key.partition(".")[0] for key in tensors}) > 30
+    assert conform(adapter, programs()["lycoris"]).fully is expected
+    try:
+        if wrapped:
+            found = create_lycoris_from_weights(1.0, str(file), unet)[0].loras
+        else:
+            found = create_network_from_weights(1.0, str(file), None, None, unet)[0].unet_loras
+    except (RuntimeError, TypeError):
+        found = []
+    assert len(found) == (len(adapter.modules) if expected else 0)

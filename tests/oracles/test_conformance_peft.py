@@ -23,6 +23,7 @@ from loratool.ops.convert_file import convert_file
 from loratool.ops.open import open_adapter
 from tests.oracles.applied import Name, Update, assert_as_told, carried
 from tests.oracles.models import complaints, kohya_file, pipeline
+from tests.oracles.test_peft_kinds import KINDS, trained
 
 Tensors = dict[str, torch.Tensor]
 SHARE = {"sd15": 0.1, "sdxl": 0.05, "flux": 0.5}
@@ -115,3 +116,16 @@ def verdict_of_a_file(path: Path) -> str:
     with pytest.raises(Exception, match=r"adapter_config|HFValidationError|not found|Can't find"):
         PeftModel.from_pretrained(pipeline("sd15").unet, str(path))
     return found.verdict
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_other_kinds(kind: str, tmp_path: Path) -> None:
+    """LoHa, LoKr, IA3, OFT, BOFT: what PEFT saves it loads, every parameter, and so it is told."""
+    model, _ = trained(kind)
+    model.save_pretrained(tmp_path / "folder")
+    found = conform(open_adapter(tmp_path / "folder"), programs()["peft"])
+    again = PeftModel.from_pretrained(KINDS[kind][0](), str(tmp_path / "folder"))
+    before, after = (dict(one.named_parameters()) for one in (model, again))
+    assert all(torch.equal(after[name], before[name]) for name in before if "default" in name)
+    assert found.fully

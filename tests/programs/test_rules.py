@@ -101,6 +101,29 @@ CASES = [
         ".lora_linear_layer.up.weight",
         REFUSED,
     ),
+    ("onetrainer", "flux", "lycoris_transformer_blocks_0_attn_to_q", ".lora_down.weight", ".lora_up.weight", READ),
+    ("onetrainer", "flux", "double_blocks.0.img_attn.proj", ".lora_down.weight", ".lora_up.weight", READ),
+    # The newer layouts, whatever a file is taken for
+    ("comfyui", "wan", "lora_unet_blocks_0_self_attn_q", ".lora_down.weight", ".lora_up.weight", READ),
+    ("comfyui", "wan", "lora_unet_blocks_0_attn1_to_q", ".lora_down.weight", ".lora_up.weight", IGNORED),
+    ("comfyui", "wan", "lora_unet__blocks_0_self_attn_q", ".lora_down.weight", ".lora_up.weight", IGNORED),
+    ("comfyui", "wan", "lora_unet__blocks_0_cross_attn_k", ".lora_down.weight", ".lora_up.weight", READ),
+    ("comfyui", "z-image", "diffusion_model.layers.0.attention.to_q", ".lora_A.weight", ".lora_B.weight", READ),
+    ("comfyui", "flux", "diffusion_model.transformer_blocks.0.attn.to_q", ".lora_A.weight", ".lora_B.weight", IGNORED),
+    ("comfyui", "sd15", f"lycoris_{Q}", ".lora_down.weight", ".lora_up.weight", READ),
+    ("comfyui", "flux", "double_blocks.0.img_attn.proj", ".lora_A.weight", ".lora_B.weight", IGNORED),
+    ("invokeai", "flux", "transformer.double_blocks.0.img_attn.qkv.0", ".lora_down.weight", ".lora_up.weight", READ),
+    ("invokeai", "flux", "transformer.double_blocks.0.img_attn.proj", ".lora_down.weight", ".lora_up.weight", IGNORED),
+    (
+        "diffusers",
+        "flux",
+        "transformer.double_blocks.0.img_attn.qkv.0",
+        ".lora_down.weight",
+        ".lora_up.weight",
+        REFUSED,
+    ),
+    ("a1111", "sd15", f"lycoris_{Q}", ".lora_down.weight", ".lora_up.weight", IGNORED),
+    ("kohya", "sd15", f"lycoris_{Q}", ".lora_down.weight", ".lora_up.weight", IGNORED),
     # vLLM
     ("vllm", "sd15", f"lora_unet_{Q}", ".lora_down.weight", ".lora_up.weight", IGNORED),
 ]
@@ -117,6 +140,38 @@ def fate(name: str, architecture: str, tensors: dict[str, torch.Tensor], place: 
 def test_one_module(name: str, architecture: str, stem: str, down: str, up: str, expected: str, tmp_path: Path) -> None:
     tensors = {stem + down: torch.randn(2, 8), stem + up: torch.randn(8, 2)}
     assert fate(name, architecture, tensors, tmp_path / "x.safetensors")[0] == expected
+
+
+FAMILIES = [
+    # (program, suffixes and shapes of one module's tensors, outcome)
+    ("a1111", {".diff": (8, 8)}, READ),
+    ("a1111", {".diff_b": (8,)}, REFUSED),
+    ("a1111", {".w_norm": (8,)}, REFUSED),
+    ("a1111", {".w_norm": (8,), ".b_norm": (8,)}, READ),
+    ("a1111", {".set_weight": (8, 8)}, IGNORED),
+    ("a1111", {".weight": (8,), ".on_input": ()}, READ),
+    ("comfyui", {".set_weight": (8, 8)}, READ),
+    ("comfyui", {".w_norm": (8,)}, READ),
+    ("comfyui", {".weight": (8,), ".on_input": ()}, IGNORED),
+    ("kohya", {".oft_blocks": (2, 4, 4), ".alpha": ()}, IGNORED),
+    ("onetrainer", {".weight": (8,), ".on_input": ()}, REFUSED),
+    ("invokeai", {".weight": (8,), ".on_input": ()}, READ),
+    ("invokeai", {".oft_blocks": (2, 4, 4), ".alpha": ()}, REFUSED),
+]
+
+
+@pytest.mark.parametrize(("name", "suffixes", "expected"), FAMILIES)
+def test_one_module_of_another_kind(
+    name: str, suffixes: dict[str, tuple[int, ...]], expected: str, tmp_path: Path
+) -> None:
+    tensors = {f"lora_unet_{Q}{suffix}": torch.zeros(shape) for suffix, shape in suffixes.items()}
+    assert fate(name, "sd15", tensors, tmp_path / "x.safetensors")[0] == expected
+
+
+def test_sd_scripts_own_oft(tmp_path: Path) -> None:
+    """Has a prefix of its own."""
+    tensors = {f"oft_unet_{Q}.oft_blocks": torch.zeros(2, 4, 4), f"oft_unet_{Q}.alpha": torch.tensor(0.0)}
+    assert fate("kohya", "sd15", tensors, tmp_path / "x.safetensors")[0] == READ
 
 
 MORE = [
@@ -163,13 +218,11 @@ def test_control_loras_of_flux(name: str, tmp_path: Path) -> None:
     tensors |= {f"{stem}.lora_B.weight": torch.randn(8, 2) for stem in stems}
     tensors |= {f"{stem}.lora_B.bias": torch.randn(8) for stem in stems}
     norm = {"single_blocks.0.norm.key_norm.scale": torch.ones(128)}
-    for number, (some, reads) in enumerate(
-        (({**tensors, **norm}, ("comfyui", "diffusers", "invokeai")), (tensors, ()))
-    ):
+    for number, (some, reads) in enumerate((({**tensors, **norm}, ("comfyui", "invokeai")), (tensors, ()))):
         stored = {key: LazyTensor.from_torch(tensor) for key, tensor in some.items()}
         place = write_file(tmp_path / f"{number}.safetensors", Bundle(stored))
         adapter = open_adapter(place, architecture="flux")
-        assert len(adapter.modules) == 3
+        assert len(adapter.modules) == 3 + (len(some) > len(tensors))
         assert conform(adapter, programs()[name]).fully is (name in reads)
 
 
