@@ -15,6 +15,7 @@ from loratool.core.architecture import Architecture
 from loratool.core.errors import FormatError
 from loratool.core.registry import architectures
 from loratool.files.bundle import adapter_files
+from loratool.files.safetensors import FileRange, OpenFile
 
 ENTRY = "loratool.recipe"
 
@@ -125,8 +126,8 @@ def _of_files(folder: Path, files: Sequence[Path]) -> str:
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """sha256 of one file, 64 hexadecimal digits."""
+    file = OpenFile(os.fspath(path))  # no pipe, no device
     digest = hashlib.sha256()
-    with open(path, "rb") as file:  # noqa: PTH123
-        while piece := file.read(4 << 20):
-            digest.update(piece)
+    for piece in FileRange(file, 0, file.size).chunks():
+        digest.update(piece)
     return digest.hexdigest()
