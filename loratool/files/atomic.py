@@ -60,9 +60,9 @@ def atomic_write(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
         try:
             _flush(temporary)
             _publish(temporary, target, overwrite)
+            flush_folder(target.parent)
         except OSError as error:
             raise LoratoolError(f"cannot be written: {error.strerror}", file=str(target)) from error
-        flush_folder(target.parent)
     finally:
         # After publishing, the name is gone already.
         temporary.unlink(missing_ok=True)
@@ -89,9 +89,9 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
                         _flush(Path(place, name))
                 flush_folder(Path(place))
             _swap(temporary, target)
+            flush_folder(target.parent)
         except OSError as error:
             raise LoratoolError(f"cannot be written: {error.strerror}", file=str(target)) from error
-        flush_folder(target.parent)
 
 
 @contextlib.contextmanager
