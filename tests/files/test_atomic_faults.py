@@ -70,6 +70,24 @@ def test_one_that_cannot_be_removed_does_not_keep_the_others(tmp_path: Path, mon
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_an_interruption_between_making_and_the_block_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A signal can come as soon as the temporary file is there, before anybody holds its descriptor."""
+
+    def interrupted(descriptor: int) -> int:
+        os.close(descriptor)
+        assert len(os.listdir(tmp_path)) == 1 and len(atomic._unfinished) == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(atomic, "_locked", interrupted)
+    begin = atomic_write if kind == "file" else atomic_folder
+    with pytest.raises(KeyboardInterrupt), begin(tmp_path / "out"):
+        pytest.fail("must not get to the block")
+    assert os.listdir(tmp_path) == [] and not atomic._unfinished
+
+
 # -- flushing
 
 
