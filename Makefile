@@ -9,7 +9,15 @@ FUZZ_CASES ?= 5000
 FUZZ_SECONDS ?= 120
 FUZZED := header pickles config index recipes
 
-.PHONY: demo test check bench fuzz clean
+# Every line and branch of these is run: what reads headers and pickles, and what writes.
+COVERED := header kinds look safetensors archive unpickle torch_names torch_tensors flatten strided pickles \
+	atomic stream ahead bundle
+comma := ,
+empty :=
+space := $(empty) $(empty)
+COVERED_FILES := $(subst $(space),$(comma),$(COVERED:%=loratool/files/%.py))
+
+.PHONY: demo test check bench fuzz coverage clean
 
 # torch comes first and alone: pinned, so that pip does not bring another build (with CUDA) for a dependency.
 $(STAMP): pyproject.toml constraints.txt
@@ -45,5 +53,9 @@ fuzz: $(STAMP)
 		$(VENV)/bin/python -m tests.fuzz.guided $$target -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 || exit 1; \
 	done; fi
 
+coverage: $(STAMP)
+	$(VENV)/bin/python -m coverage run --branch --include='loratool/files/*' -m pytest tests/files tests/fuzz
+	$(VENV)/bin/python -m coverage report -m --fail-under=100 --include='$(COVERED_FILES)'
+
 clean:
-	rm -rf $(VENV) demo-out .fuzz
+	rm -rf $(VENV) demo-out .fuzz .coverage

@@ -58,10 +58,6 @@ def told_plainly() -> Iterator[None]:
     except LoratoolError as error:
         complain(error)
         raise typer.Exit(error.exit_code) from error
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`): nothing is wrong. Python must not complain when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(0) from None
     except MemoryError as error:
         typer.echo("error: out of memory", err=True)
         raise typer.Exit(1) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -24,16 +25,36 @@ class Stopped(BaseException):
         self.number = number
 
 
+def hear() -> None:
+    """From now on a signal ends the process at once, with its line; `run` does it with more care."""
+    for number in _numbers():
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop_at_once)
+
+
 def run(app: Callable[[], Any]) -> NoReturn:
-    """Runs the command line, and ends the process: 130, 143 or 129 with one line for SIGINT, SIGTERM or SIGHUP."""
+    """Runs the command line, and ends the process: 130, 143 or 129 with one line for SIGINT, SIGTERM or SIGHUP.
+
+    An error of a stream is one line, too. A reader that went away (`| head`) is no error: the work goes on, and what
+    it would print goes nowhere.
+    """
     _complete_streams()
+    code: Any = 0
     try:
         with _ended_by_signals():
-            app()
+            try:
+                app()
+            except SystemExit as end:
+                code = end.code
+            sys.stdout.flush()
     except Stopped as stop:
         _tell(stop.number)
         _end(128 + stop.number)
-    sys.exit(0)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _write(f"error: {where}{error.strerror or error}\n")
+        code = 1
+    sys.exit(code)
 
 
 def _complete_streams() -> None:
@@ -45,6 +66,49 @@ def _complete_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest that is free: this one
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(fd, mode, closefd=False))
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not stream.isatty():
+            setattr(sys, name, _patient(stream, name))
+
+
+class _Patient(io.FileIO):
+    """stdout or stderr, whose errors name it. Where nobody reads any more, what is written goes nowhere."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        super().__init__(fd, "w", closefd=False)
+        self._stream = name
+
+    def write(self, data: Any, /) -> int:
+        """As many bytes as were written."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            _to_nowhere(self.fileno())  # told once: what is in the buffers must not fail again
+            if self._stream == "stdout" and not isinstance(error, BrokenPipeError):
+                raise OSError(error.errno, error.strerror, self._stream) from error
+            return memoryview(data).nbytes
+
+
+def _patient(stream: Any, name: str) -> io.TextIOWrapper:
+    """The same stream, patient."""
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Patient(stream.fileno(), name)),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+def _to_nowhere(fd: int) -> None:
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, fd)
+    os.close(nothing)
+
+
+def _numbers() -> list[int]:
+    return [getattr(signal, name) for name in _ENDING if hasattr(signal, name)]
 
 
 @contextmanager
@@ -54,8 +118,7 @@ def _ended_by_signals() -> Iterator[None]:
     A thread looks on: where the main thread does not get to it, or its own threads do not end, the process ends
     anyway, its temporary files removed.
     """
-    numbers = [getattr(signal, name) for name in _ENDING if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.getsignal(number) for number in _numbers()}
     heard = {number for number, handler in before.items() if handler is not signal.SIG_IGN}
     stopped = False
 
@@ -105,9 +168,18 @@ def _tell(number: int) -> None:
     if not _told.acquire(blocking=False):
         return
     shown = "\x1b[?25h" if sys.stderr.isatty() else ""
-    line = f"{shown}stopped by {signal.Signals(number).name}: nothing unfinished was kept\n"
+    _write(f"{shown}stopped by {signal.Signals(number).name}: nothing unfinished was kept\n")
+
+
+def _write(line: str) -> None:
+    """A line on stderr, whatever the state of its buffers."""
     with suppress(OSError):
-        os.write(2, line.encode())
+        os.write(2, line.encode("utf-8", "backslashreplace"))
+
+
+def _stop_at_once(number: int, frame: object) -> None:
+    _tell(number)
+    _end(128 + number)
 
 
 def _end(code: int) -> NoReturn:

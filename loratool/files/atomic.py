@@ -53,21 +53,24 @@ def atomic_write(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
     target = Path(path)
     _check_target(target, overwrite)
     _remove_leftovers(target)
-    temporary, lock = _create(target)
-    _unfinished.add(temporary)
+    temporary, lock = _temporary_name(target), -1
+    _unfinished.add(temporary)  # before it is there: a signal may come at once
     try:
+        lock = _create(temporary, target)
         yield temporary
         try:
             _flush(temporary)
             _publish(temporary, target, overwrite)
+            flush_folder(target.parent)
         except OSError as error:
             raise LoratoolError(f"cannot be written: {error.strerror}", file=str(target)) from error
-        flush_folder(target.parent)
     finally:
         # After publishing, the name is gone already.
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a name that is too long for the system
+            temporary.unlink(missing_ok=True)
         _unfinished.discard(temporary)
-        os.close(lock)
+        if lock >= 0:
+            os.close(lock)
 
 
 @contextlib.contextmanager
@@ -89,9 +92,9 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
                         _flush(Path(place, name))
                 flush_folder(Path(place))
             _swap(temporary, target)
+            flush_folder(target.parent)
         except OSError as error:
             raise LoratoolError(f"cannot be written: {error.strerror}", file=str(target)) from error
-        flush_folder(target.parent)
 
 
 @contextlib.contextmanager
@@ -102,19 +105,20 @@ def scratch_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     _remove_leftovers(target)
-    temporary = _temporary_name(target)
+    temporary, lock = _temporary_name(target), -1
+    _unfinished.add(temporary)  # before it is there: a signal may come at once
     try:
-        temporary.mkdir()
-        lock = _locked(os.open(temporary, os.O_RDONLY))
-    except OSError as error:
-        raise LoratoolError(f"cannot be written: {error.strerror}", file=str(target)) from error
-    _unfinished.add(temporary)
-    try:
+        try:
+            temporary.mkdir()
+            lock = _locked(os.open(temporary, os.O_RDONLY))
+        except OSError as error:
+            raise LoratoolError(f"cannot be written: {error.strerror}", file=str(target)) from error
         yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         _unfinished.discard(temporary)
-        os.close(lock)
+        if lock >= 0:
+            os.close(lock)
 
 
 def _swap(temporary: Path, target: Path) -> None:
@@ -177,12 +181,11 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise _exists(target)
 
 
-def _create(target: Path) -> tuple[Path, int]:
-    """A new file, and a descriptor that says that somebody is at work on it, as long as it is open."""
-    temporary = _temporary_name(target)
+def _create(temporary: Path, target: Path) -> int:
+    """Makes a new file. The descriptor says that somebody is at work on it, as long as it is open."""
     try:
         # The system applies the umask to the mode.
-        return temporary, _locked(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        return _locked(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except OSError as error:
         hint = "choose a folder that you can write to" if isinstance(error, PermissionError) else None
         raise LoratoolError(f"cannot be written: {error.strerror}", file=str(target), hint=hint) from error

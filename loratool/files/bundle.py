@@ -242,19 +242,27 @@ def _write_folder(
                 file.write_text(text, encoding="utf-8")
         if check is not None:
             check(str(temporary))
-        if not place.exists() or not any(place.iterdir()):
-            os.replace(temporary, place)
-            flush_folder(place.parent)
-            return
-        written = set()
-        for file in sorted(file for file in temporary.rglob("*") if file.is_file()):
-            target = place / file.relative_to(temporary)
-            target.parent.mkdir(exist_ok=True)
-            os.replace(file, target)
-            written.add(target)
-        _remove_stale(place, written)
-        for folder_of in {file.parent for file in written}:
-            flush_folder(folder_of)
+        try:
+            _move(temporary, place)
+        except OSError as error:
+            raise LoratoolError(f"cannot be written: {error.strerror}", file=str(place)) from error
+
+
+def _move(temporary: Path, place: Path) -> None:
+    """Gives a folder its name; into one that holds something, its files are moved one by one."""
+    if not place.exists() or not any(place.iterdir()):
+        os.replace(temporary, place)
+        flush_folder(place.parent)
+        return
+    written = set()
+    for file in sorted(file for file in temporary.rglob("*") if file.is_file()):
+        target = place / file.relative_to(temporary)
+        target.parent.mkdir(exist_ok=True)
+        os.replace(file, target)
+        written.add(target)
+    _remove_stale(place, written)
+    for folder in {file.parent for file in written}:
+        flush_folder(folder)
 
 
 def _remove_stale(place: Path, written: set[Path]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from loratool.core.adapter import GGUF, Bundle
 from loratool.core.errors import FormatError, LoratoolError
 from loratool.core.tensor import DTYPES, Held, LazyTensor
+from loratool.files.safetensors import OpenFile
 
 MAGIC = b"GGUF"
 TYPES = "gguf.types"
@@ -23,9 +24,9 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 def is_gguf(path: str | os.PathLike[str]) -> bool:
     """Whether a file begins as GGUF files do; a file that cannot be read does not."""
     try:
-        with Path(path).open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except OSError:
+        file = OpenFile(os.fspath(path))
+        return file.pread(min(file.size, len(MAGIC)), 0) == MAGIC
+    except FormatError:
         return False
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
@@ -486,8 +486,3 @@ def short_bytes(raw: bytes) -> str:
     """Text of a file for a message."""
     text = raw.decode("utf-8", "backslashreplace")
     return text if len(text) <= 80 else text[:80] + "..."
-
-
-def last_byte(entries: Mapping[str, Entry]) -> int:
-    """Where the last tensor ends, counted from the first byte of the data."""
-    return max((entry.stop for entry in entries.values()), default=0)

@@ -82,8 +82,8 @@ def check_quick(path: str | os.PathLike[str], header_bytes: int, tensors: int) -
     hint = "`loratool validate` looks at files of any size"
     if length > header_bytes:
         raise FormatError(f"has a header of {length:,} bytes, at most {header_bytes:,} are shown", hint=hint)
-    # Every tensor takes some 60 bytes of it.
-    count = file.pread(length, _LENGTH).count(b'"data_offsets"') if length > 60 * tensors else 0
+    # The shortest entry there can be takes 48 bytes of it.
+    count = file.pread(length, _LENGTH).count(b'"data_offsets"') if length > 48 * tensors else 0
     if count > tensors:
         raise FormatError(f"holds {count:,} tensors, at most {tensors:,} are shown", hint=hint)
 
@@ -99,7 +99,7 @@ class OpenFile:
         self._lock = threading.Lock()
         try:
             # Looked at before it is opened: opening a FIFO can wait forever, opening a device can move a tape.
-            _check_regular(os.stat(path).st_mode)
+            _check_regular(os.stat(path).st_mode, path)
             self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
             found = os.fstat(self.fd)
         except FileNotFoundError:
@@ -108,7 +108,7 @@ class OpenFile:
             raise FormatError(f"cannot be opened: {error.strerror}", file=path) from error
         except ValueError as error:
             raise FormatError(f"is not a file name: {error}", file=path) from error
-        _check_regular(found.st_mode)
+        _check_regular(found.st_mode, path)
         self.size = found.st_size
         self.identity = found.st_dev, found.st_ino
 
@@ -189,7 +189,7 @@ class FileRange:
         return FileRange(self.file, self.start + start, stop - start)
 
 
-def _check_regular(mode: int) -> None:
+def _check_regular(mode: int, path: str) -> None:
     kinds = {
         stat.S_IFDIR: "a folder",
         stat.S_IFIFO: "a pipe",
@@ -199,7 +199,7 @@ def _check_regular(mode: int) -> None:
     }
     if not stat.S_ISREG(mode):
         kind = kinds.get(stat.S_IFMT(mode), "something else")
-        raise FormatError(f"is {kind}, expected a safetensors file", hint="name a file on disk")
+        raise FormatError(f"is {kind}, expected a safetensors file", file=path, hint="name a file on disk")
 
 
 def _header_length(file: OpenFile) -> int:

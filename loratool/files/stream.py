@@ -97,7 +97,11 @@ class Output:
         self.head = head
         try:
             self.fd = os.open(self._path, os.O_RDWR | getattr(os, "O_BINARY", 0))
-            os.ftruncate(self.fd, head + plan.nbytes)
+            try:
+                os.ftruncate(self.fd, head + plan.nbytes)
+            except OSError:
+                os.close(self.fd)
+                raise
         except OSError as error:
             raise self._failed(error) from error
         self._ahead, self._behind = Ahead(self.fd, head + plan.nbytes), Behind(self.fd)
@@ -120,7 +124,10 @@ class Output:
         """Reads back what was written to the data region from byte `at` on."""
         done = 0
         while done < data.nbytes:
-            count = os.preadv(self.fd, [data[done:]], self.head + at + done)
+            try:
+                count = os.preadv(self.fd, [data[done:]], self.head + at + done)
+            except OSError as error:
+                raise LoratoolError(f"cannot be read back: {error.strerror}", file=self._path) from error
             if not count:
                 raise LoratoolError("became shorter while it was written", file=self._path)
             done += count

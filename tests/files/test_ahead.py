@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -113,3 +116,99 @@ def test_flushes_while_it_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     behind.close()
     assert flushed == [fd]
     os.close(fd)
+
+
+def test_where_the_c_library_is_another_one_nothing_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On other systems the writing makes its pages itself, and no call is tried."""
+    monkeypatch.setattr(ahead, "_FEW_CPUS", 0)
+    monkeypatch.setattr(ahead, "_in_memory", lambda fd: True)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    ahead._libc.cache_clear()
+    try:
+        assert ahead._libc() is None
+        fd = made(tmp_path)
+        one = Ahead(fd, os.fstat(fd).st_size)
+        assert one._pool is not None
+        one._pool.shutdown()
+        one.close()
+        assert not blocks_of(fd)
+        os.close(fd)
+    finally:
+        ahead._libc.cache_clear()
+
+
+class Library:
+    """A C library that notes what is asked of it."""
+
+    def __init__(self, address: int | None = 4096, refused: int = 0) -> None:
+        self.address, self.refused = address, refused
+        self.called: list[tuple[str, int]] = []
+
+    def mmap(self, _: object, nbytes: int, *__: object) -> int | None:
+        self.called.append(("mmap", nbytes))
+        return self.address
+
+    def madvise(self, _: int, nbytes: int, advice: int) -> int:
+        self.called.append(("madvise", nbytes))
+        return self.refused
+
+    def munmap(self, _: int, nbytes: int) -> int:
+        self.called.append(("munmap", nbytes))
+        return 0
+
+
+PART = MADE_READY // 2
+
+
+@pytest.mark.parametrize("address", [None, ctypes.c_void_p(-1).value], ids=["null", "failed"])
+def test_what_cannot_be_mapped_is_not_touched(monkeypatch: pytest.MonkeyPatch, address: int | None) -> None:
+    libc = Library(address)
+    monkeypatch.setattr(ahead, "_libc", lambda: libc)
+    one = Ahead(-1, 0)
+    one._make(-1, 0, PART)
+    assert one._stopped and libc.called == [("mmap", PART)]
+
+
+@pytest.mark.parametrize("refused", [0, -1])
+def test_every_mapping_is_given_back(monkeypatch: pytest.MonkeyPatch, refused: int) -> None:
+    """Whether its pages were made or not; after a refusal none follows."""
+    libc = Library(4096, refused)
+    monkeypatch.setattr(ahead, "_libc", lambda: libc)
+    one = Ahead(-1, 0)
+    one._make(-1, 0, PART)
+    assert libc.called == [("mmap", PART), ("madvise", PART), ("munmap", PART)]
+    assert one._stopped == bool(refused)
+    one._make(-1, 0, PART)
+    assert len(libc.called) == (3 if refused else 6)
+
+
+@pytest.mark.parametrize(("system", "found"), [("tmpfs", True), ("ext4", False), (None, False)])
+def test_whether_a_file_is_in_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, system: str | None, found: bool
+) -> None:
+    """As /proc says; without it, no."""
+    (tmp_path / "x").touch()
+    device = (tmp_path / "x").stat().st_dev
+    text = f"22 1 {os.major(device)}:{os.minor(device)} / / rw shared:1 - {system} none rw\n"
+
+    def read_text(self: Path, **_: object) -> str:
+        if system is None:
+            raise FileNotFoundError(2, "No such file or directory")
+        return "21 1 0:9999 / /other rw - tmpfs none rw\n" + text
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    with (tmp_path / "x").open("rb") as file:
+        assert ahead._in_memory(file.fileno()) is found
+
+
+def test_flushes_again_and_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each time that so much was written."""
+    flushed = threading.Semaphore(0)
+    monkeypatch.setattr(ahead, "FLUSHED", 100)
+    monkeypatch.setattr(os, "fdatasync", lambda fd: flushed.release(), raising=False)
+    behind = Behind(-1)
+    for _ in range(3):
+        behind.wrote(100)
+        assert flushed.acquire(timeout=5)
+    behind.close()
+    assert not behind._thread.is_alive() and not flushed.acquire(blocking=False)

@@ -145,7 +145,9 @@ def test_a_stopped_process_never_leaves_half_a_file(tmp_path: Path, number: int,
     code = (
         "import sys, time\nfrom loratool.files.atomic import atomic_write\n"
         "with atomic_write(sys.argv[1], overwrite=True) as temporary:\n"
-        "    temporary.write_bytes(b'half'); print('writing', flush=True); time.sleep(60)\n"
+        "    temporary.write_bytes(b'half'); print('writing', flush=True)\n"
+        # Not one long sleep: a signal just before it would be heard only after it.
+        "    while True:\n        time.sleep(0.01)\n"
     )
     command = [sys.executable, "-c", code, str(target)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:

@@ -215,3 +215,29 @@ def test_short_writes_go_on(target: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with Output(target, 16, PLAN) as output:
         output.write(memoryview(b"12345678"), 0)
     assert target.read_bytes()[16:] == b"12345678"
+
+
+def test_what_cannot_be_read_back_names_the_output(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    with Output(target, 16, PLAN) as output:
+        monkeypatch.setattr(os, "preadv", fails)
+        with pytest.raises(LoratoolError, match="cannot be read back: Input/output error") as caught:
+            output.read(memoryview(bytearray(8)), 0)
+    assert caught.value.file == str(target)
+
+
+def test_an_output_that_cannot_be_made_so_long_is_closed(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def fails(fd: int, size: int) -> None:
+        tried.append(fd)
+        raise OSError(27, "File too large")
+
+    monkeypatch.setattr(os, "ftruncate", fails)
+    with pytest.raises(LoratoolError, match="cannot be written: File too large") as caught:
+        Output(target, 16, PLAN)
+    assert caught.value.file == str(target)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(tried[0])
