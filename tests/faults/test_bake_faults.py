@@ -126,6 +126,7 @@ def test_the_next_run_cleans_up_what_killed_ones_left(bench: Bench) -> None:
     with subprocess.Popen(bench.command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         time.sleep(bench.seconds / 2)
         process.kill()
+    bench.output.unlink(missing_ok=True)  # of one that was done before
     done = bench.bake()
     assert done.returncode == 0, done.stderr
     assert bench.left() == [] and sha256(bench.output) == bench.whole
