@@ -36,11 +36,13 @@ def test_peft_finds_every_rank_and_alpha(count: int, anchor: bool) -> None:
     modules = mixed(count) if anchor else [item for item in mixed(count) if item[0].startswith("blocks")]
     config = config_of(modules, None, anchor)
     assert alphas(config, modules) == [module.alpha for _, module in modules]
-    for path, module in modules:
-        for field, default, expected in (("rank", "r", module.rank), ("alpha", "lora_alpha", module.alpha)):
-            pattern = config[f"{field}_pattern"]
+    for field, default in (("rank", "r"), ("alpha", "lora_alpha")):
+        pattern = config[f"{field}_pattern"]
+        matcher = Matcher(pattern)
+        for path, module in modules:
+            expected = getattr(module, field)
             assert pattern.get(get_pattern_key(pattern, path), config[default]) == expected
-            assert Matcher(pattern)(path, config[default]) == expected
+            assert matcher(path, config[default]) == expected
 
 
 def test_many_patterns_become_few_expressions() -> None:
