@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from loratool.core.errors import FormatError
+from loratool.files.pickle_magic import MAGIC
 from loratool.files.safetensors import FileRange, OpenFile
 
 MAX_RECORDS = 40_000
@@ -18,7 +19,6 @@ MAX_RECORDS = 40_000
 
 MAX_DIRECTORY = 16 << 20
 
-MAGIC = b"PK\x03\x04"
 
 _END = struct.Struct("<4s4H2IH")
 _LOCATOR = struct.Struct("<4sIQI")

@@ -14,7 +14,7 @@ from loratool.core.registry import components
 from loratool.core.tensor import LazyTensor
 from loratool.files.atomic import atomic_write, check_room, flush_folder, scratch_folder
 from loratool.files.gguf import is_gguf, read_gguf, write_gguf
-from loratool.files.pickles import is_pickle, read_pickle
+from loratool.files.pickle_magic import is_pickle
 from loratool.files.safetensors import OpenFile, file_size, read_header, write_safetensors
 
 MODEL = "adapter_model.safetensors"
@@ -63,6 +63,8 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
 def _tensors_of(file: Path) -> Bundle:
     """The tensors of one file, safetensors or a pickle, as its bytes say."""
     if is_pickle(file):
+        from loratool.files.pickles import read_pickle
+
         return read_pickle(file)
     header = read_header(file)
     return Bundle(header.tensors, header.metadata, {}, str(file), header.size_bytes)

@@ -14,7 +14,7 @@ from typing import Any
 from loratool.core.errors import FormatError, LoratoolError, few
 from loratool.core.tensor import LazyTensor
 from loratool.files.bundle import PICKLES
-from loratool.files.pickles import is_pickle
+from loratool.files.pickle_magic import is_pickle
 from loratool.files.safetensors import Header, OpenFile, read_header
 
 WEIGHTS = ".safetensors"

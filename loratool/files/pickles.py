@@ -7,16 +7,15 @@ with the storages behind it (before). Tensors stay in the file until somebody as
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from loratool.core.adapter import Bundle
 from loratool.core.errors import FormatError, LoratoolError
-from loratool.files.archive import MAGIC, read_archive
+from loratool.files.archive import read_archive
 from loratool.files.flatten import Flat, flatten, left_out
-from loratool.files.kinds import MAX_HEADER
+from loratool.files.pickle_magic import MAGIC
 from loratool.files.safetensors import FileRange, OpenFile
 from loratool.files.torch_names import Storage, meanings
 from loratool.files.torch_tensors import Room, tensor_of
@@ -29,14 +28,6 @@ _LEGACY_PROTOCOL = 1001
 _LONGEST_MAGIC = 64  # bytes of its pickle
 _FEW = 1000  # opcodes
 _COUNT = 8
-_HEAD = 4096
-_TAIL = 1 << 16
-_MARKS = (b"/data.pkl", b"/.format_version", b"/.data/")
-# Pickles before protocol 2 have no magic number: they begin with a name, a mark, an empty dict or list, or the number
-# with which PyTorch begins.
-_OLD = re.compile(
-    rb"\(*[ci][\w.]+\r?\n[\w.]+\r?\n[(pq)}X]|[(]([dl]p?\d*\n|[dlt])|[\]}](q.|p\d+\n)|L\d+L\n\.", re.DOTALL
-)
 _DAMAGED = "the file is damaged or was made to do harm"
 _DOWNLOAD = "the download or copy is incomplete: fetch the file again"
 
@@ -49,21 +40,6 @@ class _Contents:
     storages: Mapping[str, FileRange]
     big_endian: bool
     unknown: tuple[str, ...] = ()
-
-
-def is_pickle(path: str | os.PathLike[str]) -> bool:
-    """Whether the file's first bytes (a zip's last ones, too) are those of a PyTorch file or another pickle.
-
-    Raises FormatError for what is no regular file or cannot be opened.
-    """
-    file = OpenFile(os.fspath(path))
-    head = file.pread(min(file.size, _HEAD), 0)
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER:
-        return False  # safetensors
-    if head.startswith(MAGIC):
-        size = min(file.size, _TAIL)
-        return any(mark in part for part in (head, file.pread(size, file.size - size)) for mark in _MARKS)
-    return (head[:1] == b"\x80" and head[1:2] in b"\1\2\3\4\5" and len(head) > 1) or _OLD.match(head) is not None
 
 
 def read_pickle(path: str | os.PathLike[str]) -> Bundle:

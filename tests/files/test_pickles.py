@@ -17,7 +17,8 @@ import torch
 from loratool.core.errors import FormatError
 from loratool.core.tensor import LazyTensor
 from loratool.files.bundle import read_bundle
-from loratool.files.pickles import is_pickle, read_pickle
+from loratool.files.pickle_magic import is_pickle
+from loratool.files.pickles import read_pickle
 from loratool.files.safetensors import FileRange, write_safetensors
 from loratool.files.torch_names import NAMES, STORAGES, TORCH_DTYPES
 from tests.pickles import (
