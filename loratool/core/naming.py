@@ -115,7 +115,10 @@ class Naming(Mapping[str, tuple[Target, ...]]):
         return self._homes[target]
 
 
+_NUMBER = re.compile(r"\d+")
+
+
 @lru_cache(maxsize=1 << 15)
 def kind(name: str) -> str:
     """A name with `#` for every number in it: what the names of alike blocks have in common."""
-    return re.sub(r"\d+", "#", name)
+    return _NUMBER.sub("#", name)
