@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from loratool.core.adapter import Bundle
-from loratool.core.architecture import Architecture
+from loratool.core.architecture import Architecture, Voice
 from loratool.core.naming import Home
 from loratool.core.registry import architectures
 from loratool.core.target import Target, same_shape
@@ -90,6 +90,8 @@ def _likeness(keys: Mapping[str, LazyTensor], architecture: Architecture) -> flo
         for component, voice in checkpoint.voices.items():
             if voice.prefix and not any(key.startswith(voice.prefix) for key in keys):
                 continue
+            if not _may_hold(keys, architecture, component, voice):
+                continue
             naming = architecture.naming(component, voice.naming)
             held = fitting = 0
             for targets in naming.values():
@@ -103,6 +105,15 @@ def _likeness(keys: Mapping[str, LazyTensor], architecture: Architecture) -> flo
                 either += len(naming)
         best = max(best, common / either if keys else 0.0)
     return best
+
+
+def _may_hold(keys: Mapping[str, LazyTensor], architecture: Architecture, component: str, voice: Voice) -> bool:
+    """Whether a quarter of what the outline names is there: else the whole table need not be built."""
+    if component not in architecture.outlines:
+        return True
+    outline = architecture.sketch.naming(component, voice.naming)
+    homes = (outline.home(targets[0]) for targets in outline.values())
+    return 4 * sum(voice.prefix + home.tensor_key in keys for home in homes) >= len(outline)
 
 
 def _stored(targets: Sequence[Target], home: Home) -> tuple[int, ...]:
