@@ -180,7 +180,7 @@ def parse_config(text: str) -> dict[str, Any]:
     """The config as a dict. FormatError if it is no JSON object or of a kind that is not known."""
     config = json_object(text, CONFIG)
     kind = config.get("peft_type", "LORA")
-    if kind != "LORA" and kind not in KINDS:
+    if not isinstance(kind, str) or (kind != "LORA" and kind not in KINDS):
         raise FormatError(f"peft_type is {kind!r}; can be read: LORA, {', '.join(KINDS)}", key=CONFIG)
     return config
 

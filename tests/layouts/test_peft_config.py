@@ -14,6 +14,7 @@ from loratool.core.registry import families
 from loratool.core.target import Target
 from loratool.core.tensor import LazyTensor
 from loratool.layouts._peft_config import FEW, Matcher, alphas, config_of, number
+from loratool.layouts.peft import parse_config
 
 
 def mixed(count: int) -> list[tuple[str, Module]]:
@@ -84,3 +85,10 @@ def test_numbers_are_numbers(value: object) -> None:
 def test_too_many_expressions_are_refused() -> None:
     with pytest.raises(FormatError, match="more than 256 expressions"):
         Matcher({rf".*x{index}\..*": 1.0 for index in range(300)})
+
+
+@pytest.mark.parametrize("kind", ["[]", "{}", "null", "3", '"NONE"'])
+def test_a_kind_that_is_none_is_refused(kind: str) -> None:
+    """Whatever JSON has: a list cannot even be looked up."""
+    with pytest.raises(FormatError, match="peft_type is"):
+        parse_config(f'{{"peft_type": {kind}, "r": 8}}')
