@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from loratool.core.adapter import Adapter
+from loratool.core.adapter import PEFT_METADATA, RECIPE, Adapter
 from loratool.core.finding import ERROR, NOTE, WARNING, Check, Code, Finding, codes
 from loratool.core.layout import ALPHA
 from loratool.core.module import Module
@@ -14,8 +14,7 @@ from loratool.core.tensor import LazyTensor
 from loratool.files.safetensors import EMPTY_SHA256, MODEL_HASH
 from loratool.files.subjects import Content
 
-_MERGED, _RECIPE = "modelspec.merged_from", "loratool.recipe"
-_PEFT_ENTRY = "lora_adapter_metadata"
+_MERGED = "modelspec.merged_from"
 _SAME = 1e-6
 _FIX = "`loratool fix --only {}` "
 
@@ -138,7 +137,7 @@ def _merged(content: Content, adapter: Adapter) -> Iterator[Finding]:
     metadata = content.bundle.metadata
     dim = number(metadata.get(DIM))
     same_rank = dim is not None and all(module.rank == dim for module in main_modules(adapter))
-    if _names(metadata) and _RECIPE not in metadata and same_rank and main_modules(adapter):
+    if _names(metadata) and RECIPE not in metadata and same_rank and main_modules(adapter):
         message = f"was merged from {metadata[_MERGED]}, at the rank that they had"
         yield CHECK.finding("merged-factors", message, content.path, key=_MERGED)
 
@@ -152,8 +151,8 @@ def _stated(content: Content, entry: str, code: str, true: set[float]) -> Iterat
 
 def _two_scales(content: Content, adapter: Adapter) -> Iterator[Finding]:
     keys = [module.keys[ALPHA] for module in adapter.modules if ALPHA in module.keys]
-    if keys and _PEFT_ENTRY in content.bundle.metadata and adapter.layout == "diffusers":
-        message = f"has {len(keys)} alphas, and {_PEFT_ENTRY} in the header"
+    if keys and PEFT_METADATA in content.bundle.metadata and adapter.layout == "diffusers":
+        message = f"has {len(keys)} alphas, and {PEFT_METADATA} in the header"
         yield CHECK.finding("two-scales", message, content.path, key=keys[0])
 
 

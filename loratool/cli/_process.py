@@ -51,7 +51,9 @@ def run(app: Callable[[], Any]) -> NoReturn:
         _tell(stop.number)
         _end(128 + stop.number)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        from loratool.report.inert import inert
+
+        where = inert(f"{error.filename}: ") if error.filename else ""
         _write(f"error: {where}{error.strerror or error}\n")
         code = 1
     sys.exit(code)

@@ -13,6 +13,12 @@ from loratool.core.tensor import LazyTensor
 CONFIG = "adapter_config.json"
 """PEFT's config, the side file of an adapter's folder."""
 
+PEFT_METADATA = "lora_adapter_metadata"
+"""The header entry in which diffusers keeps that config, every field with its component in front."""
+
+RECIPE = "loratool.recipe"
+"""The header entry that says how a file was made."""
+
 SAFETENSORS, MLX, GGUF = "safetensors", "mlx", "gguf"
 """Containers: a safetensors file or a PEFT folder of them, mlx-lm's folder, a GGUF file."""
 

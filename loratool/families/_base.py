@@ -47,11 +47,8 @@ class Additive(Base):
         return weight + self.delta(factors, scale).reshape(weight.shape) * strength
 
 
-class Changing(Base):
-    """A family that changes the weight it finds. It has no ranks, and no update of its own."""
-
-    additive = False
-    alpha_role: str | None = None
+class Rankless:
+    """No rank, and so nothing that alpha could be divided by."""
 
     def rank(self, shapes: Shapes) -> int:
         """0: there is none."""
@@ -64,6 +61,13 @@ class Changing(Base):
     def alpha(self, shapes: Shapes, scale: float) -> float:
         """The scale, which is 1."""
         return scale
+
+
+class Changing(Rankless, Base):
+    """A family that changes the weight it finds. It has no ranks, and no update of its own."""
+
+    additive = False
+    alpha_role: str | None = None
 
     def delta(self, factors: Mapping[str, Tensor], scale: float) -> Tensor:
         """Raises NotExact: there is none without the weight."""

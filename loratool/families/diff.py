@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.core.errors import NotExact
 from loratool.core.family import Factors, Part, Product, Shapes
-from loratool.families._base import Additive, cut_rows, scaled_all, stacked_rows
+from loratool.families._base import Additive, Rankless, cut_rows, scaled_all, stacked_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _WEIGHTS = ("diff", "w_norm")
 
 
-class Diff(Additive):
+class Diff(Rankless, Additive):
     """The whole update, as it is."""
 
     id = "diff"
@@ -45,18 +45,6 @@ class Diff(Additive):
     def shape(self, shapes: Shapes) -> tuple[int, ...]:
         """That of the weight; `(out,)` of a norm, or of a bias that stands alone."""
         return shapes[next(role for role in (*_WEIGHTS, "bias") if role in shapes)]
-
-    def rank(self, shapes: Shapes) -> int:
-        """0: there is none."""
-        return 0
-
-    def scale(self, shapes: Shapes, alpha: float | None) -> float:
-        """1."""
-        return 1.0
-
-    def alpha(self, shapes: Shapes, scale: float) -> float:
-        """The scale, which is 1."""
-        return scale
 
     def delta(self, factors: Mapping[str, Tensor], scale: float) -> Tensor:
         """The difference itself; zeros where only a bias changes."""

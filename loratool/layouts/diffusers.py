@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from loratool.core.adapter import Adapter, Bundle
+from loratool.core.adapter import PEFT_METADATA, Adapter, Bundle
 from loratool.core.architecture import Voice
 from loratool.core.layout import ALPHA, ANY, MAGNITUDE, Layout
 from loratool.core.module import Module
@@ -28,8 +28,6 @@ from loratool.layouts._peft_config import (
     peft_obstacle,
     without_adapter_name,
 )
-
-METADATA = "lora_adapter_metadata"
 
 _PROCESSOR = re.compile(r"(?:\.processor)?\.(to_[qkv]|to_out|add_[kqv]_proj|to_add_out)_lora\.(up|down)\.weight$")
 _OF_ENCODERS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -63,10 +61,10 @@ class Diffusers(Layout):
 
     def with_alphas(self, adapter: Adapter) -> Adapter:
         """Alphas from the header, where there is none beside the factors."""
-        text = adapter.metadata.get(METADATA)
+        text = adapter.metadata.get(PEFT_METADATA)
         if text is None:
             return adapter
-        whole = json_object(text, METADATA)
+        whole = json_object(text, PEFT_METADATA)
         modules = list(adapter.modules)
         for component in adapter.components:
             config = {key.partition(".")[2]: v for key, v in whole.items() if key.startswith(f"{component}.")}
@@ -93,7 +91,7 @@ class Diffusers(Layout):
     def finish(self, adapter: Adapter, bundle: Bundle, voices: Mapping[str, Voice]) -> Bundle:
         """With the header entry for all components, wherever diffusers would guess wrong without it."""
         metadata = {**bundle.metadata, "format": "pt"}
-        metadata.pop(METADATA, None)
+        metadata.pop(PEFT_METADATA, None)
         whole: dict[str, Any] = {}
         told = True
         for component in adapter.components:
@@ -109,7 +107,7 @@ class Diffusers(Layout):
             whole |= {f"{component}.{field}": value for field, value in config.items()}
             told = told and _told_by_keys(config, pairs)
         if not told:
-            metadata[METADATA] = json.dumps(whole, indent=2, sort_keys=True)
+            metadata[PEFT_METADATA] = json.dumps(whole, indent=2, sort_keys=True)
         return Bundle(bundle.tensors, metadata)
 
 
@@ -155,5 +153,5 @@ LAYOUT = Diffusers(
         ".dora_scale": (ANY, MAGNITUDE),
         ".lora_magnitude_vector": (ANY, MAGNITUDE),
     },
-    header_entries=(METADATA,),
+    header_entries=(PEFT_METADATA,),
 )

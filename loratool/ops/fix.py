@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -12,12 +11,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from loratool.core.adapter import Adapter, Bundle
+from loratool.core.adapter import PEFT_METADATA, Adapter, Bundle
 from loratool.core.errors import UsageError
 from loratool.core.finding import WARNING, Finding
 from loratool.core.layout import ALPHA
 from loratool.core.module import Module
-from loratool.core.network import ALPHA_ENTRY, DIM, expected_alpha, main_modules
+from loratool.core.network import ALPHA_ENTRY, DIM, alpha_of, expected_alpha, main_modules
 from loratool.core.program import Program
 from loratool.core.registry import layouts
 from loratool.core.tensor import LazyTensor, torch_dtype
@@ -25,7 +24,7 @@ from loratool.files.bundle import check_output, read_bundle, write_bundle
 from loratool.files.safetensors import MODEL_HASH
 from loratool.ops import recipe
 from loratool.ops.conformance import IGNORED, conform
-from loratool.ops.headers import PLACEHOLDER, STALE, with_history
+from loratool.ops.headers import PLACEHOLDER, STALE, commonest, with_history
 from loratool.ops.open import open_adapter
 from loratool.ops.validate import validate
 
@@ -33,7 +32,6 @@ UNREAD_ENCODER = "text-encoder-unread"
 """Modules of a text encoder that the program of `--for` does not load."""
 
 _LARGEST_FP16 = 65504.0
-_PEFT_ENTRY = "lora_adapter_metadata"
 
 
 @dataclass(frozen=True)
@@ -190,11 +188,10 @@ def _alphas(patient: _Patient, code: str) -> tuple[Bundle, str]:
 
 
 def _true_entry(patient: _Patient, code: str) -> tuple[Bundle, str]:
-    """The header's dim or alpha as the modules have it, or "Dynamic", as sd-scripts says where they differ."""
-    entry = DIM if code == "wrong-dim" else ALPHA_ENTRY
-    modules = main_modules(patient.adapter) or patient.adapter.modules
-    values = {float(m.rank) if entry == DIM or m.alpha is None else float(m.alpha) for m in modules}
-    value = f"{values.pop():g}" if len(values) == 1 else "Dynamic"
+    """The header's dim or alpha as the modules have it."""
+    entry, of = (DIM, lambda m: float(m.rank)) if code == "wrong-dim" else (ALPHA_ENTRY, alpha_of)
+    values = Counter(of(module) for module in main_modules(patient.adapter) or patient.adapter.modules)
+    value = commonest(values, patient.bundle.metadata[entry])
     return _with_entry(patient.bundle, entry, value), f"set {entry} to {value}"
 
 
@@ -264,28 +261,14 @@ def _shifted(module: Module, role: str, power: int) -> LazyTensor:
 
 def _one_scale(patient: _Patient, code: str) -> tuple[Bundle, str]:
     """Without the alphas, where PEFT's metadata say the same."""
-    keys = [module.keys[ALPHA] for module in patient.adapter.modules if ALPHA in module.keys]
-    try:
-        config = json.loads(patient.bundle.metadata[_PEFT_ENTRY])
-    except ValueError:
-        config = {}
-    for module in patient.adapter.modules:
-        told = _told_scale(config if isinstance(config, dict) else {}, module)
-        if told is None or not math.isclose(told, module.scale, rel_tol=1e-6):
-            raise _Cannot(f"{module.title}: the alpha gives {module.scale:g}, the metadata another scale")
-    gone = set(keys)
+    before = patient.adapter.modules
+    gone = {module.keys[ALPHA] for module in before if ALPHA in module.keys}
     kept = {key: tensor for key, tensor in patient.bundle.tensors.items() if key not in gone}
-    return replace(patient.bundle, tensors=kept), f"left out {len(keys)} alphas, which {_PEFT_ENTRY} holds, too"
-
-
-def _told_scale(config: Mapping[str, object], module: Module) -> float | None:
-    """lora_alpha / r of a component in the metadata; None where patterns or rslora make it another."""
-    prefix = f"{module.component}."
-    mine = {key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)}
-    rank, alpha = mine.get("r"), mine.get("lora_alpha")
-    if mine.get("alpha_pattern") or mine.get("use_rslora") or rank != module.rank:
-        return None
-    return float(alpha) / module.rank if isinstance(alpha, (int, float)) else None
+    bundle = replace(patient.bundle, tensors=kept)
+    for module, told in zip(before, _again(patient.adapter, bundle).modules, strict=True):
+        if not math.isclose(told.scale, module.scale, rel_tol=1e-6):
+            raise _Cannot(f"{module.title}: the alpha gives {module.scale:g}, the metadata another scale")
+    return bundle, f"left out {len(gone)} alphas, which {PEFT_METADATA} holds, too"
 
 
 def _without_unread(patient: _Patient, code: str) -> tuple[Bundle, str]:

@@ -10,6 +10,7 @@ from typing import Any
 from loratool import __version__
 from loratool.core.adapter import Adapter
 from loratool.core.layout import Layout
+from loratool.core.network import alpha_of
 from loratool.ops import origin, recipe
 
 HISTORY = "loratool.history"
@@ -36,12 +37,12 @@ def converted_header(adapter: Adapter, source: Layout, layout: Layout, written: 
         header.setdefault("sshs_model_hash", PLACEHOLDER)
         header.setdefault("sshs_legacy_hash", PLACEHOLDER[:8])
     if "ss_network_dim" in header:
-        header["ss_network_dim"] = _commonest(
+        header["ss_network_dim"] = commonest(
             Counter(m.rank for m in adapter.modules if m.rank), header["ss_network_dim"]
         )
     if "ss_network_alpha" in header:
-        alphas = Counter(float(m.rank if m.alpha is None else m.alpha) for m in adapter.modules if m.rank)
-        header["ss_network_alpha"] = _commonest(alphas, header["ss_network_alpha"])
+        alphas = Counter(alpha_of(m) for m in adapter.modules if m.rank)
+        header["ss_network_alpha"] = commonest(alphas, header["ss_network_alpha"])
     return header
 
 
@@ -94,14 +95,14 @@ def _network_args(stated: str, adapter: Adapter) -> str:
     kernels = [module for module in adapter.modules if module.rank and any(size > 1 for size in module.shape[2:])]
     for key, values in (
         ("conv_dim", Counter[float](m.rank for m in kernels)),
-        ("conv_alpha", Counter[float](float(m.rank if m.alpha is None else m.alpha) for m in kernels)),
+        ("conv_alpha", Counter[float](alpha_of(m) for m in kernels)),
     ):
         if key in args:
-            args[key] = _commonest(values, str(args[key])) if values else None
+            args[key] = commonest(values, str(args[key])) if values else None
     return json.dumps(args)
 
 
-def _commonest(values: Counter[int] | Counter[float], stated: str) -> str:
+def commonest(values: Counter[int] | Counter[float], stated: str) -> str:
     """What sd-scripts states: the one value, or "Dynamic". What the file states stays if it is the commonest value:
     trainers state the main dim and put a convolution's own into `ss_network_args`."""
     if not values:

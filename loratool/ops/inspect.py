@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loratool.core.adapter import CONFIG, Adapter
+from loratool.core.adapter import CONFIG, PEFT_METADATA, Adapter
 from loratool.core.detect import NEAR
 from loratool.core.layout import fits
 from loratool.core.module import Module
@@ -236,7 +236,7 @@ def _written_by(metadata: Mapping[str, str], sides: Mapping[str, str]) -> str | 
         return "LyCORIS on sd-scripts" if module.startswith("lycoris") else f"sd-scripts ({module or 'kohya'})"
     if "modelspec.implementation" in metadata:
         return metadata["modelspec.implementation"][:60]
-    if "lora_adapter_metadata" in metadata:
+    if PEFT_METADATA in metadata:
         return "diffusers (with adapter metadata)"
     for text in sides.values():
         config = _json(text)

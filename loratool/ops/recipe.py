@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from loratool import __version__
+from loratool.core.adapter import RECIPE
 from loratool.core.architecture import Architecture
 from loratool.core.errors import FormatError
 from loratool.core.registry import architectures
 from loratool.files.bundle import adapter_files
 from loratool.files.safetensors import FileRange, OpenFile
 
-ENTRY = "loratool.recipe"
+ENTRY = RECIPE
 
 
 def recipe(command: str, inputs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any]:
