@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -168,7 +167,7 @@ ARCHITECTURE = Architecture(
                 "transformer": partial(transformer_namings, LTX_2_3),
                 "connectors": partial(connector_namings, LTX_2_3),
             },
-            blocks=replace(BLOCKS),  # of its own: the connectors have more blocks
+            blocks=BLOCKS._replace(),  # of its own: the connectors have more blocks
             outlines={"transformer": partial(transformer_namings, LTX_2_3._replace(layers=1))},
         ),
     ),

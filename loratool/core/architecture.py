@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from loratool.core.blocks import Blocks
 from loratool.core.naming import Naming, kind
 from loratool.core.target import Target
 
 
-@dataclass(frozen=True, slots=True)
-class Voice:
+class Voice(NamedTuple):
     """How one layout (or checkpoint) speaks of one component: `prefix` + name in `naming`."""
 
     prefix: str
     naming: str
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """One kind of checkpoint of this model: component -> voice. `prefix + tensor_key` is the key in the file.
 
     `beside` are the voices of the parts that no adapter is for.
@@ -29,7 +28,7 @@ class Checkpoint:
 
     id: str
     voices: Mapping[str, Voice]
-    beside: Mapping[str, Voice] = field(default_factory=dict)
+    beside: Mapping[str, Voice] = MappingProxyType({})
 
     @property
     def folder(self) -> bool:
@@ -41,8 +40,7 @@ class Checkpoint:
         return self.voices.get(component) or self.beside.get(component)
 
 
-@dataclass(frozen=True, slots=True)
-class Spoken:
+class Spoken(NamedTuple):
     """A resolved stem: which voice of which component it is. `targets` is None where no table says them."""
 
     component: str
@@ -72,18 +70,17 @@ class OpenNaming(Naming):
 OPEN_NAMING = OpenNaming()
 
 
-@dataclass(frozen=True, eq=False)
-class Variant:
+class Variant(NamedTuple):
     """Another size of a model whose programs and spellings are the same: other shapes, other counts of blocks.
 
     What is empty here is the standard size's. `components` may replace tables or add some, and `outlines` are theirs.
     """
 
     title: str
-    components: Mapping[str, Callable[[], Namings]] = field(default_factory=dict)
-    facts: Mapping[str, str] = field(default_factory=dict)
+    components: Mapping[str, Callable[[], Namings]] = MappingProxyType({})
+    facts: Mapping[str, str] = MappingProxyType({})
     blocks: Blocks | None = None
-    outlines: Mapping[str, Callable[[], Namings]] = field(default_factory=dict)
+    outlines: Mapping[str, Callable[[], Namings]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,28 +188,31 @@ def _resolver(architecture: Architecture, voices: Sequence[tuple[str, Voice]], s
 
         return resolve
 
+    asked = [(voice.prefix, component, voice, (component, voice.naming)) for component, voice in voices]
     whole: dict[tuple[str, str], Naming] = {}
     kinds: dict[tuple[str, str], Mapping[str, Sequence[str]]] = {}
+    sketch = architecture.sketch
 
-    def may_name(asked: tuple[str, str], text: str) -> Sequence[str]:
+    def of_kind(which: tuple[str, str], text: str) -> Sequence[str]:
         """Names of the outline that are alike; none if `text` is no name of the model."""
-        if asked not in kinds:
-            kinds[asked] = architecture.sketch.naming(*asked).kinds(separator)
-        return kinds[asked].get(kind(text), ())
+        found = kinds.get(which)
+        if found is None:
+            found = kinds[which] = sketch.naming(*which).kinds(separator)
+        return found.get(kind(text), ())
 
     @lru_cache(maxsize=1 << 15)
     def look_up(stem: str) -> Sequence[Spoken]:
         found: list[Spoken] = []
-        for component, voice in voices:
-            if not stem.startswith(voice.prefix):  # most do not: their tables are never built
+        for prefix, component, voice, which in asked:
+            if not stem.startswith(prefix):  # most do not: their tables are never built
                 continue
-            text, asked = stem[len(voice.prefix) :], (component, voice.naming)
-            naming = whole.get(asked)
+            text = stem[len(prefix) :]
+            naming = whole.get(which)
             if naming is None:
-                if component in architecture.outlines and not may_name(asked, text):
+                if component in architecture.outlines and not of_kind(which, text):
                     continue
-                naming = whole[asked] = architecture.naming(*asked)
-            for name in may_name(asked, text) if architecture.sketch_of else naming.spelled(text, separator):
+                naming = whole[which] = architecture.naming(*which)
+            for name in of_kind(which, text) if architecture.sketch_of else naming.spelled(text, separator):
                 found.append(Spoken(component, voice, name, naming[name]))
         return found
 

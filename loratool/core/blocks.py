@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Names of one component, in one naming, that begin with `prefix`: they are in the block `label`.
 
     `{}` in `label` stands for the number that follows the prefix, in two digits.
@@ -29,8 +29,7 @@ class Span:
         return self.label.format(number.zfill(2)) if number.isdigit() else None
 
 
-@dataclass(frozen=True)
-class Blocks:
+class Blocks(NamedTuple):
     """The blocks of one model. `labels` are in model order; the first span that knows a name decides.
 
     `lists` are the accepted lists of values, each as the labels its values are for; a list may name labels that only
@@ -40,7 +39,7 @@ class Blocks:
     labels: tuple[str, ...]
     spans: tuple[Span, ...]
     lists: tuple[tuple[str, ...], ...]
-    presets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    presets: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
     def naming(self, component: str) -> str:
         """The naming that the blocks of a component are told by; KeyError if it has none."""

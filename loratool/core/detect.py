@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from loratool.core.adapter import Bundle
 from loratool.core.architecture import Architecture, Spoken, Voice
@@ -39,8 +38,7 @@ SAMPLE = 64
 """About so many keys, spread over the file, tell whether a spelling and a table are worth a closer look."""
 
 
-@dataclass(frozen=True, eq=False)
-class Candidate:
+class Candidate(NamedTuple):
     """One reading of a bundle. `resolved` is the share of stems with a name in the tables, `fitting` the share of
     those whose shape is the standard model's. For other widths, `consistent` is the share of dimensions that are the
     same wherever the standard model's are, `proportional` the share of those that differ from it by one factor.
@@ -86,8 +84,7 @@ def _preference(signed: bool, written: float, table: bool) -> float:
     return 0.002 * signed + 0.001 * written + 0.0002 * table
 
 
-@dataclass(frozen=True, eq=False)
-class Detection:
+class Detection(NamedTuple):
     """The best reading, and what came nearest. `tie` are the ids of models between which nothing decides, `others` the
     titles of models that the file may be for as well, but hardly is."""
 
@@ -267,8 +264,7 @@ def _open(readings: list[_Reading], candidates: tuple[Candidate, ...], tie: tupl
     return None
 
 
-@dataclass(frozen=True, eq=False)
-class _Offer:
+class _Offer(NamedTuple):
     """A reading as one size of a model, the `rank`th of table `place`, and the most that it can come to."""
 
     place: int
@@ -304,7 +300,7 @@ def _offers(reading: _Reading, table: Architecture, place: int) -> list[_Offer]:
     standard: list[object] = []
     for rank, size in enumerate(table.sizes):
         if rank and offers[0].substance >= 1:
-            offers.append(replace(offers[0], rank=rank, size=size))  # no size can have more: nothing is built
+            offers.append(offers[0]._replace(rank=rank, size=size))  # no size can have more: nothing is built
             continue
         named = right = 0
         plain = own = False
@@ -412,11 +408,13 @@ def _is_said(spoken: Sequence[Spoken], voices: Mapping[str, Voice]) -> bool:
     return False
 
 
-def _by_kind(stems: Iterable[str], separator: str) -> dict[str, str]:
+def _by_kind(stems: Collection[str], separator: str) -> dict[str, str]:
     """Each stem with 0 for every number in it: one for all that differ in numbers alone."""
     dot = re.escape(separator)
-    number = re.compile(rf"(?<={dot})\d+(?={dot}|$)")  # the whole of a part: `te1` is no `te2`
-    return {stem: number.sub("0", stem) for stem in stems}
+    number = re.compile(rf"(?<=[{dot}\n])\d+(?=[{dot}\n])")  # the whole of a part: `te1` is no `te2`
+    # All at once, which is faster by far; a line break in a name, which nobody writes, makes it a kind of its own.
+    kinds = number.sub("0", "\n".join(["", *stems, ""])).split("\n")[1:-1]
+    return dict(zip(stems, kinds if len(kinds) == len(stems) else stems, strict=True))
 
 
 def _shape(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from loratool.core.tensor import LazyTensor
 
@@ -19,8 +18,7 @@ ALPHA_SCALES = "scale"
 """`alpha_role` of families whose update is multiplied by alpha / rank."""
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """One stretch of rows in a stacked module: `height` rows, and what updates them (None: nothing does).
 
     `gain` is the part's scale over the stack's scale: what its update has to be multiplied by.
@@ -31,8 +29,7 @@ class Part:
     gain: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Product:
+class Product(NamedTuple):
     """The part of a module that ranks can be cut from: `left @ right`, `(m, rank)` and `(rank, n)`, kernels flattened.
 
     `right` is None where `left` is a whole matrix; if that is `whole`, it is the update itself, and has no ranks that

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from loratool.core.adapter import Bundle
 from loratool.core.architecture import Architecture, Voice
@@ -18,8 +18,7 @@ _VAE = ("decoder.conv_in.weight", "encoder.conv_in.weight", "first_stage_model.d
 _EMBEDDINGS = ("emb_params", "string_to_param", "clip_l", "clip_g", "t5xxl")
 
 
-@dataclass(frozen=True)
-class Other:
+class Other(NamedTuple):
     """What a file is instead of an adapter, and what to do with it."""
 
     what: str

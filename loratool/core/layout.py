@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from typing import NamedTuple
 
 from loratool.core.adapter import Adapter, Bundle
 from loratool.core.architecture import Architecture, Resolver, Spoken, Voice
@@ -46,8 +47,7 @@ class Group:
         return [key for roles in (*self.by_family.values(), self.shared) for key in roles.values()]
 
 
-@dataclass(frozen=True)
-class Parsed:
+class Parsed(NamedTuple):
     """Keys of a bundle by stem, and those whose suffix this layout does not know."""
 
     groups: Mapping[str, Group]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from loratool.core.target import Target
 
 
-@dataclass(frozen=True, slots=True)
-class Home:
+class Home(NamedTuple):
     """Where the rows of a target live in a checkpoint that speaks one naming.
 
     `tensor_key` is relative to the checkpoint's prefix. `transposed` says that the tensor is stored
@@ -75,15 +74,29 @@ class Naming(Mapping[str, tuple[Target, ...]]):
 
     def kinds(self, separator: str) -> Mapping[str, Sequence[str]]:
         """Kind of name, dots written as `separator` -> names of that kind, one of each shape."""
-        if separator not in self._kinds:
+        found = self._kinds.get(separator)
+        if found is None:
             index: dict[str, dict[tuple[int, ...], str]] = {}
-            for name, targets in self._table.items():
-                shape = targets[0].shape
-                if len(targets) > 1:
-                    shape = (sum([target.shape[0] for target in targets]), *shape[1:])
-                index.setdefault(kind(name.replace(".", separator)), {}).setdefault(shape, name)
-            self._kinds[separator] = {of_kind: tuple(names.values()) for of_kind, names in index.items()}
-        return self._kinds[separator]
+            for of_kind, names in self._by_kind.items():
+                spelled = of_kind.replace(".", separator)
+                index[spelled] = {**names, **index[spelled]} if spelled in index else names
+            found = self._kinds[separator] = {of_kind: tuple(names.values()) for of_kind, names in index.items()}
+        return found
+
+    @cached_property
+    def _by_kind(self) -> Mapping[str, dict[tuple[int, ...], str]]:
+        """Kind of name -> shape -> a name."""
+        index: dict[str, dict[tuple[int, ...], str]] = {}
+        for (name, targets), of_kind in zip(self._table.items(), kinds_of(self._table), strict=True):
+            shape = targets[0].shape
+            if len(targets) > 1:
+                shape = (sum([target.shape[0] for target in targets]), *shape[1:])
+            names = index.get(of_kind)
+            if names is None:
+                index[of_kind] = {shape: name}
+            else:
+                names.setdefault(shape, name)
+        return index
 
     @cached_property
     def _names(self) -> dict[tuple[Target, ...], str]:
@@ -122,3 +135,8 @@ _NUMBER = re.compile(r"\d+")
 def kind(name: str) -> str:
     """A name with `#` for every number in it: what the names of alike blocks have in common."""
     return _NUMBER.sub("#", name)
+
+
+def kinds_of(names: Iterable[str]) -> list[str]:
+    """The kind of each of a table's names, which hold no line breaks: in one step for all of them."""
+    return _NUMBER.sub("#", "\n".join(names)).split("\n")

@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 try:
     from re import _parser as _sre  # type: ignore[attr-defined]
@@ -152,8 +151,7 @@ class Bounded:
         return after
 
 
-@dataclass(frozen=True, slots=True)
-class Name:
+class Name(NamedTuple):
     """A text that an expression lists; `whole` says that nothing may stand before it (`^name`)."""
 
     text: str

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """A block of output rows that no naming cuts further.
 
     `component` is a pipeline component (`unet`, `text_encoder`, ...), `path` the diffusers or
     transformers module path, with `:part` behind it where a naming reorders the rows inside one
     module (`norm_out.linear:scale`). `shape` is `(out, in)`, `(out, in, kh, kw)`, or `(size,)` for a
-    norm, of the standard model. Trailing 1x1 kernels are not significant (see `same_shape`).
+    norm, of the standard model. Trailing 1x1 kernels are not significant (see `same_shape`). A tuple, as thousands are
+    made whenever a table is built.
     """
 
     component: str
     path: str
     shape: tuple[int, ...]
-
-    def __hash__(self) -> int:
-        # Paths differ almost always: not worth hashing the rest thousands of times.
-        return hash(self.path)
 
     @property
     def rows(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -199,8 +198,7 @@ class Joined:
         return Joined(kept)
 
 
-@dataclass(frozen=True, slots=True)
-class LazyTensor:
+class LazyTensor(NamedTuple):
     """A tensor whose bytes are read when asked for; `dtype` is safetensors' code (`"BF16"`).
 
     The bytes are little-endian, row by row. What `read` and `load` return may share memory with the source:

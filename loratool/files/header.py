@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
@@ -28,6 +28,9 @@ MOST_FAULTS = 1000
 MAX_U64 = (1 << 64) - 1
 _DEEPEST = 32
 _MOST_VALUES = 20_000
+_SPELLED = 4096
+"""So many spellings of dtype and shape are remembered."""
+
 _FIELDS = ("dtype", "shape", "data_offsets")
 
 FIRST = ("not-utf8", "nul-byte", "too-deep", "not-json", "duplicate-key", "duplicate-field")
@@ -37,8 +40,7 @@ LAST = "huge-number"
 """What is told last: where it matters, another fault names the field."""
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
+class Fault(NamedTuple):
     """One thing that the format forbids: `byte` counts from the beginning of the file."""
 
     code: str
@@ -123,11 +125,11 @@ _N = rb"(?:0|[1-9][0-9]{0,19})"
 _PLAIN = rb'"([^"\\\x00-\x1f]*)"'
 _ENTRY = re.compile(
     _PLAIN + rb': ?\{"dtype": ?"([A-Z0-9_]{1,20})", ?"shape": ?\[((?:' + _N + rb"(?:, ?" + _N + rb"){0,7})?)\], ?"
-    rb'"data_offsets": ?\[(' + _N + rb"), ?(" + _N + rb")\]\}"
+    rb'"data_offsets": ?\[(' + _N + rb"), ?(" + _N + rb')\]\}, ?(?=")'
 )
-"""A tensor as all writers spell it: read in one step."""
+"""A tensor as all writers spell it, with another member behind it: read in one step."""
 
-_PAIR = re.compile(_PLAIN + rb": ?" + _PLAIN + rb"(?=[,}])")
+_PAIR = re.compile(_PLAIN + rb": ?" + _PLAIN + rb', ?(?=")')
 _SPACE = re.compile(rb"[ \t\n\r]*")
 _TEXT = re.compile(rb'[^"\\\x00-\x1f]*(?:\\[^\x00-\x1f][^"\\\x00-\x1f]*){0,1000}')
 _NUMBER = re.compile(rb"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
@@ -135,8 +137,7 @@ _WORD = re.compile(rb"true|false|null|-?Infinity|NaN")
 _WHOLE = re.compile(rb"0|[1-9][0-9]{0,19}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Value:
+class _Value(NamedTuple):
     """A value: what kind it is (`{`, `[`, `"`, `0` for numbers, `w` for words), and where it stands."""
 
     kind: str
@@ -153,6 +154,7 @@ class _Reader:
         self.at = 0
         self.values = 0
         self.lost: set[str] = set()  # keys whose entry is no good
+        self.spelled: dict[tuple[bytes, bytes], tuple[str, tuple[int, ...], int | None]] = {}
 
     # -- what a header holds
 
@@ -161,7 +163,7 @@ class _Reader:
         if self.next_byte() != b"{":
             self.not_json("the header is not a JSON object")
         seen_metadata = False
-        for key, byte in self.members(self.entry):
+        for key, byte in self.members(self.entries):
             if key == METADATA:
                 if seen_metadata:
                     self.fault("duplicate-key", byte, "stands twice in the header", key)
@@ -174,16 +176,16 @@ class _Reader:
         if self.next_byte():
             self.not_json("text behind the end of the JSON")
 
-    def members(self, quick: Any = None) -> Iterator[tuple[str, int]]:
-        """Key and its byte of each member of the object that begins here; the value is left to the caller. What
-        `quick` can read in one step is not given."""
+    def members(self, quick: Callable[[], None] | None = None) -> Iterator[tuple[str, int]]:
+        """Key and its byte of each member of the object that begins here; the value is left to the caller. `quick`
+        reads what it can in one step each; those members are not given."""
         self.at += 1
         if self.next_byte() == b"}":
             self.at += 1
             return
         while True:
-            while quick is not None and quick():
-                pass
+            if quick is not None:
+                quick()
             if self.next_byte() != b'"':
                 self.not_json("a name in quotes is expected")
             byte = self.at
@@ -202,24 +204,35 @@ class _Reader:
                 self.not_json("a comma or the end of the object is expected")
             self.next_byte()
 
-    def entry(self) -> bool:
-        """Reads a tensor that is spelled as usual, if one is here and another member follows it."""
-        match = _ENTRY.match(self.raw, self.at)
-        if match is None or self.raw[match.end() : match.end() + 1] != b",":
-            return False
-        key = self.decoded(match.start(1), match.end(1))
-        if key == METADATA:
-            return False
-        dtype = match[2].decode()
-        shape = tuple(map(int, match[3].split(b","))) if match[3] else ()
-        start, stop = int(match[4]), int(match[5])
-        byte = self.at
-        entry = self.measured(key, byte, dtype, shape, start, stop, match.start(3) - 1)
-        self.note(key, byte, entry)
-        self.at = match.end() + 1
-        if self.raw[self.at : self.at + 1] != b'"':
-            self.next_byte()
-        return True
+    def entries(self) -> None:
+        """Reads tensors that are spelled as usual, up to one that is not, at which something is wrong, or the last."""
+        raw, entries, spelled, at = self.raw, self.found.entries, self.spelled, self.at
+        while (match := _ENTRY.match(raw, at)) is not None:
+            name, *written, start, stop = match.groups()
+            said = spelled.get((written[0], written[1])) or self.sized(written[0], written[1])
+            begin, end = int(start), int(stop)
+            try:
+                key = name.decode()
+            except UnicodeDecodeError:
+                break
+            if end - begin != said[2] or end > MAX_U64 or key in entries or key in self.lost or key == METADATA:
+                break
+            entries[key] = Entry(said[0], said[1], begin, end, LENGTH + at)
+            at = match.end()
+        self.at = at
+
+    def sized(self, dtype: bytes, shape: bytes) -> tuple[str, tuple[int, ...], int | None]:
+        """dtype, shape and bytes (None where something is wrong) of a spelling, which most tensors share."""
+        code, sizes = dtype.decode(), tuple(map(int, shape.split(b","))) if shape else ()
+        bits = DTYPES.get(code, 1)
+        for size in sizes:
+            bits *= size
+            if bits > MAX_U64 or size > MAX_U64:
+                return code, sizes, None
+        if len(self.spelled) >= _SPELLED:
+            self.spelled.clear()
+        said = self.spelled[dtype, shape] = code, sizes, None if bits % 8 or code not in DTYPES else bits // 8
+        return said
 
     def note(self, key: str, byte: int, entry: Entry | None) -> None:
         entries = self.found.entries
@@ -241,7 +254,7 @@ class _Reader:
             self.fault("metadata-not-text", byte, "is not a JSON object", METADATA)
             return
         found = self.found.metadata
-        for name, byte in self.members(self.pair):
+        for name, byte in self.members(self.pairs):
             if name in found:
                 self.fault("duplicate-field", byte, "stands twice in the header", name)
             value = self.value(1)
@@ -252,19 +265,19 @@ class _Reader:
             self.fault("metadata-not-text", byte, message, METADATA, "the writer must use str(value)")
             found.setdefault(name, "")
 
-    def pair(self) -> bool:
-        """Reads an entry of the metadata without escapes, if one is here and another follows it."""
-        match = _PAIR.match(self.raw, self.at)
-        if match is None or self.raw[match.end() : match.end() + 1] != b",":
-            return False
-        name = self.decoded(match.start(1), match.end(1))
-        if name in self.found.metadata:
-            self.fault("duplicate-field", self.at, "stands twice in the header", name)
-        self.found.metadata.setdefault(name, self.decoded(match.start(2), match.end(2)))
-        self.at = match.end() + 1
-        if self.raw[self.at : self.at + 1] != b'"':
-            self.next_byte()
-        return True
+    def pairs(self) -> None:
+        """Reads entries of the metadata without escapes, up to one with some, a name that stood before, or the last."""
+        raw, found, at = self.raw, self.found.metadata, self.at
+        while (match := _PAIR.match(raw, at)) is not None:
+            try:
+                name, text = match[1].decode(), match[2].decode()
+            except UnicodeDecodeError:
+                break
+            if name in found:
+                break
+            found[name] = text
+            at = match.end()
+        self.at = at
 
     # -- one tensor
 

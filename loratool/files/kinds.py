@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from loratool.files.header import DAMAGED, DOWNLOAD, LENGTH
 
@@ -22,8 +22,7 @@ _OTHER = "pick the LoRA file"
 _PAGE = "the download link gave a page (a login or an error?): fetch the file itself"
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
+class Kind(NamedTuple):
     """What a file is: `id` for programs, `what` for people."""
 
     id: str

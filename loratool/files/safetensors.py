@@ -9,7 +9,7 @@ import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from loratool.core.errors import FormatError, LoratoolError
 from loratool.core.tensor import CHUNK, DTYPES, SERIAL_ORDER, LazyTensor
@@ -30,8 +30,7 @@ _GATHER = 1 << 20
 _LEGACY_START, _LEGACY_STOP = 0x100000, 0x110000
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What stands before the data: `tensors` in header order, `metadata` (empty when there is none).
 
     `header_bytes` is where the data begin (the 8 bytes of the length included), `size_bytes` the size of the file.

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from loratool.core.errors import FormatError, NotRepresentable, few
 from loratool.core.layout import alpha_scalar
@@ -21,8 +21,7 @@ Named = Sequence[tuple[str, Module]]
 """Modules with their paths as PEFT sees them."""
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """One `peft_type`: the family of its modules, what its config makes of them, and the fields that say so again.
 
     `write` gets the modules and the paths that its targets are told by.
@@ -146,7 +145,7 @@ def _as_role(module: Module, role: str, other: str) -> Module:
     shape = module.family.shape({name: factor.shape for name, factor in factors.items()})
     (first, *rest) = module.targets
     # Without a table the target has the shape of the update, as far as that is known.
-    target = first if may_be(shape, first.shape) else replace(first, shape=shape)
+    target = first if may_be(shape, first.shape) else first._replace(shape=shape)
     return replace(module, factors=factors, keys=keys, targets=(target, *rest))
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 
 from loratool.core.architecture import Architecture, Spoken
@@ -62,7 +61,7 @@ class Cloneofsimo(Layout):
         parsed = super().parse(keys)
         if not all(map(_LISTED.match, keys)):
             return parsed
-        return replace(parsed, groups={f"{len(parsed.groups)} modules: {n}": one for n, one in parsed.groups.items()})
+        return parsed._replace(groups={f"{len(parsed.groups)} modules: {n}": one for n, one in parsed.groups.items()})
 
     def resolve(self, stem: str, architecture: Architecture, metadata: Mapping[str, str]) -> Sequence[Spoken]:
         """The module at that position of the traversal, if the classes that were visited are known ones."""

@@ -37,7 +37,7 @@ class Kohya(Flattened):
         if not stem.startswith(_OFT_PREFIX):
             return super().resolve(stem, architecture, metadata)
         found = super().resolve(_PREFIX + stem[len(_OFT_PREFIX) :], architecture, metadata)
-        return [replace(said, voice=replace(said.voice, prefix=_OFT_PREFIX)) for said in found]
+        return [said._replace(voice=said.voice._replace(prefix=_OFT_PREFIX)) for said in found]
 
     def with_alphas(self, adapter: Adapter) -> Adapter:
         """sd-scripts' `split_qkv` makes the parts block-diagonal and leaves alpha as it was: said, not corrected."""

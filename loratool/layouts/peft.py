@@ -49,7 +49,7 @@ class Peft(Layout):
         if not folder:
             return spoken
         own = [said for said in spoken if said.component == folder] or spoken
-        return [replace(said, voice=Voice(folder + slash + said.voice.prefix, said.voice.naming)) for said in own]
+        return [said._replace(voice=Voice(folder + slash + said.voice.prefix, said.voice.naming)) for said in own]
 
     def with_alphas(self, adapter: Adapter) -> Adapter:
         """Alphas from the config of each component's folder."""

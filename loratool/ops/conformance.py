@@ -205,7 +205,7 @@ class _Spellings:
 
 def _in_folder(voice: Voice | None) -> Voice | None:
     """A voice as it is within a component's sub-folder."""
-    return None if voice is None else replace(voice, prefix=voice.prefix.rpartition("/")[2])
+    return None if voice is None else voice._replace(prefix=voice.prefix.rpartition("/")[2])
 
 
 def _has(module: Module) -> Iterable[str]:

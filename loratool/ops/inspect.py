@@ -7,10 +7,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from loratool.core.adapter import CONFIG, PEFT_METADATA, Adapter
 from loratool.core.detect import NEAR
@@ -31,8 +30,7 @@ MOST_TENSORS = 15_000
 """So many tensors are read for a look at a file: a full adapter of a large model has some 3,000."""
 
 
-@dataclass(frozen=True, eq=False)
-class ComponentInfo:
+class ComponentInfo(NamedTuple):
     """One component's modules: counts by rank, by alpha ("none" where the file has none) and by block."""
 
     modules: int
@@ -43,8 +41,7 @@ class ComponentInfo:
     families: Mapping[str, int]
 
 
-@dataclass(frozen=True, eq=False)
-class ModuleInfo:
+class ModuleInfo(NamedTuple):
     """One module: the paths of its targets, its sizes, and under which key each role stands in the file."""
 
     component: str
@@ -59,8 +56,7 @@ class ModuleInfo:
     keys: Mapping[str, str]
 
 
-@dataclass(frozen=True, eq=False)
-class Info:
+class Info(NamedTuple):
     """What a file is. Sizes in bytes, `architecture_score` the share of its keys' names that the tables know,
     `standard_modules` the number of modules whose size is the standard model's, `embeddings` the vectors of each
     textual inversion in the file."""

@@ -517,7 +517,7 @@ class _Job:
         module = next((term.module for term in one.terms if term.module.product is not None), one.first)
         product, factors = module.product, dict(module.factors)
         if product is not None:
-            factors = dict(module.family.with_product(factors, replace(product, left=_held(matrix))))
+            factors = dict(module.family.with_product(factors, product._replace(left=_held(matrix))))
         if any("bias" in term.module.factors for term in one.terms):
             biases = [(t.module.factors["bias"].load().double(), t) for t in one.terms if "bias" in t.module.factors]
             bias = sum((term.gained(values) * term.weight for values, term in biases), torch.zeros(()))

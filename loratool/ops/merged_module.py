@@ -136,8 +136,7 @@ def of_balanced(module: Module, values: Sequence[float]) -> Spectrum:
 
     def cut(rank: int, dtype: str) -> Product:
         kept, work = min(rank, right.shape[0]), torch_dtype(dtype)
-        return replace(
-            product,
+        return product._replace(
             left=LazyTensor.computed((left.shape[0], kept), dtype, lambda: left.load()[:, :kept].to(work)),
             right=LazyTensor.computed((kept, right.shape[1]), dtype, lambda: right.load()[:kept].to(work)),
         )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
+from typing import NamedTuple
 
 from loratool.core.adapter import Adapter, Bundle
 from loratool.core.architecture import Architecture
@@ -14,11 +15,9 @@ from loratool.core.errors import FormatError, LoratoolError, UnknownModel, Usage
 from loratool.core.identify import what_it_is
 from loratool.core.registry import architectures, layouts
 from loratool.files.bundle import read_bundle
-from loratool.ops import origin
 
 
-@dataclass(frozen=True, eq=False)
-class Opened:
+class Opened(NamedTuple):
     """An adapter and how it was recognised."""
 
     adapter: Adapter
@@ -88,6 +87,8 @@ def understand(bundle: Bundle, architecture: Architecture | None = None, layout:
 
 def _converted_from(bundle: Bundle, found: Detection) -> Architecture | None:
     """The model that a converted file had been taken for, where its names could be several models'."""
+    from loratool.ops import origin
+
     ticket = origin.decode(bundle.metadata)
     if ticket is None or ticket.architecture not in {one.architecture.id for one in found.candidates}:
         return None

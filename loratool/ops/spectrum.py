@@ -175,8 +175,7 @@ def from_core(product: Product, core: Core, scale: float, multiply: Multiply) ->
     def cut(rank: int, dtype: str) -> Product:
         # What is stored in 16 bits or less loses nothing in a float32 product, unless terms cancel.
         work = "float64" if dtype in ("F64", "F32") or cancels else "float32"
-        return replace(
-            product,
+        return product._replace(
             left=multiply(left, core.to_left[:, :rank], dtype, work),
             right=multiply(core.to_right[:rank], right, dtype, work),
         )
@@ -212,7 +211,7 @@ def _whole(module: Module, matrix: LazyTensor, scale: float) -> Spectrum:
 
     def cut(rank: int, dtype: str) -> Product:
         left, right = (x * root)[:, :rank], (root[:, None] * y)[:rank]
-        return replace(module.ranks(), left=_held(left, dtype), right=_held(right, dtype))
+        return module.ranks()._replace(left=_held(left, dtype), right=_held(right, dtype))
 
     return _spectrum(values, scale, cut)
 
@@ -237,8 +236,7 @@ def _tucker(module: Module, product: Product, scale: float) -> Spectrum:
         middle = np.einsum("pa,pqk,qb->abk", x[:, :a], whitened, z[:, :b])
         # The size of the update is spread evenly over the three.
         size = float(np.linalg.norm(middle)) ** (1 / 3) or 1.0
-        return replace(
-            product,
+        return product._replace(
             left=_held(basis @ x[:, :a] * size, dtype),
             right=_held((base @ z[:, :b]).T * size, dtype),
             core=_held((middle / size**2).reshape(a, b, *kernel), dtype),

@@ -84,7 +84,7 @@ class Term:
         product = module.product
         assert product is not None
         left = LazyTensor.computed(product.left.shape, "F32", lambda: self.gained(product.left.load().float()))
-        return replace(module, factors=module.family.with_product(module.factors, replace(product, left=left)))
+        return replace(module, factors=module.family.with_product(module.factors, product._replace(left=left)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -110,7 +110,7 @@ class BaseWeights:
         shape = row.tensor.shape
         if row.transposed or self._is_transposed(module, row.tensor):
             shape = (shape[1], shape[0], *shape[2:])
-        return replace(module, targets=(replace(module.targets[0], shape=shape),))
+        return replace(module, targets=(module.targets[0]._replace(shape=shape),))
 
     def sized_all(self, adapter: Adapter) -> Adapter:
         """The adapter with every module `sized`."""

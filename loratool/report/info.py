@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +59,7 @@ def as_json(info: Info) -> dict[str, Any]:
         "notes": list(info.notes),
     }
     if info.module_list:
-        data["module_list"] = [asdict(module) for module in info.module_list]
+        data["module_list"] = [module._asdict() for module in info.module_list]
     return data
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import median_low
 from typing import Any
 
 
@@ -45,6 +44,8 @@ def ranks(values: Mapping[Any, int]) -> str:
 
 def spread(values: Sequence[int]) -> str:
     """`8/32/64`: the least, the median and the most; one number if they are the same."""
+    from statistics import median_low  # takes longer to import than all the rest of this
+
     found = (min(values), median_low(values), max(values))
     return "/".join(map(str, found)) if len(set(found)) > 1 else str(found[0])
 
