@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
 import signal
@@ -56,7 +57,18 @@ def run(app: Callable[[], Any]) -> NoReturn:
         where = inert(f"{error.filename}: ") if error.filename else ""
         _write(f"error: {where}{error.strerror or error}\n")
         code = 1
-    sys.exit(code)
+    _leave(code)
+
+
+def _leave(code: Any) -> NoReturn:
+    """Ends the process without taking it apart object by object, which takes 15 ms, and torch a third of a second."""
+    if code is not None and not isinstance(code, int):
+        _write(f"{code}\n")
+        code = 1
+    atexit._run_exitfuncs()
+    with suppress(OSError):
+        sys.stderr.flush()
+    os._exit(code or 0)
 
 
 def _complete_streams() -> None:
