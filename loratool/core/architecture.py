@@ -190,15 +190,7 @@ def _resolver(architecture: Architecture, voices: Sequence[tuple[str, Voice]], s
 
     asked = [(voice.prefix, component, voice, (component, voice.naming)) for component, voice in voices]
     whole: dict[tuple[str, str], Naming] = {}
-    kinds: dict[tuple[str, str], Mapping[str, Sequence[str]]] = {}
-    sketch = architecture.sketch
-
-    def of_kind(which: tuple[str, str], text: str) -> Sequence[str]:
-        """Names of the outline that are alike; none if `text` is no name of the model."""
-        found = kinds.get(which)
-        if found is None:
-            found = kinds[which] = sketch.naming(*which).kinds(separator)
-        return found.get(kind(text), ())
+    sketched = architecture.sketch_of is not None
 
     @lru_cache(maxsize=1 << 15)
     def look_up(stem: str) -> Sequence[Spoken]:
@@ -209,10 +201,12 @@ def _resolver(architecture: Architecture, voices: Sequence[tuple[str, Voice]], s
             text = stem[len(prefix) :]
             naming = whole.get(which)
             if naming is None:
-                if component in architecture.outlines and not of_kind(which, text):
-                    continue
+                if component in architecture.outlines:
+                    outline = architecture.sketch.naming(*which)
+                    if not outline.alike(kind(text), separator):  # no name of the model
+                        continue
                 naming = whole[which] = architecture.naming(*which)
-            for name in of_kind(which, text) if architecture.sketch_of else naming.spelled(text, separator):
+            for name in naming.alike(kind(text), separator) if sketched else naming.spelled(text, separator):
                 found.append(Spoken(component, voice, name, naming[name]))
         return found
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from loratool.core.adapter import Bundle
-from loratool.core.architecture import Architecture, Spoken, Voice
+from loratool.core.architecture import Architecture, Resolver, Spoken, Voice
 from loratool.core.errors import FormatError
 from loratool.core.layout import Layout, Parsed, fits
 from loratool.core.naming import kind
@@ -110,22 +110,18 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
     tables = [a for a in (among if among is not None else architectures().values()) if not a.open]
     keys = list(bundle.tensors)
     sample = keys[:: max(1, len(keys) // SAMPLE)]
-    readings: list[_Reading] = []
     shares: list[tuple[float, _Reading, Architecture]] = []
     spellings = [layouts()[layout]] if layout else list(layouts().values())
-    heard = {one: {parts[0] for key in sample if (parts := one.split(key)) is not None} for one in spellings}
-    for spelling, stems in heard.items():
-        if not stems:
-            continue
-        reading = _Reading(bundle, spelling)
-        readings.append(reading)
-        kinds = Counter(_by_kind(stems, spelling.separator).values())
-        begun = {*kinds, *(stem.rpartition("/")[2] for stem in kinds)}  # a folder's components have sub-folders
+    spelled: dict[object, _Keys] = {}
+    for one in spellings:
+        if one.grammar not in spelled:
+            spelled[one.grammar] = _Keys(bundle, one, sample)
+    readings = [_Reading(one, spelled[one.grammar]) for one in spellings if spelled[one.grammar].heard]
+    for reading in readings:
         for table in tables:
-            prefixes = spelling.prefixes(table)
-            if not any(stem.startswith(prefixes) for stem in begun) or _echo(spelling, table, heard, bundle.metadata):
+            if not reading.begins(table) or _echo(reading, table, readings):
                 continue
-            share = _share(reading, kinds, table)
+            share = _share(reading, table)
             if share:
                 shares.append((share, reading, table))
     # The standard size of the right model names more than half of what its other sizes name.
@@ -147,31 +143,33 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
     return _open(readings, tuple(candidates), ())
 
 
-def _share(reading: _Reading, kinds: Counter[str], table: Architecture) -> float:
+def _share(reading: _Reading, table: Architecture) -> float:
     """Of a sample of stems, counted by kind, the share that is of a kind that a model has. 0 where that is less than a
     quarter, and none of the frequent kinds, of which a few are asked for: the right model knows them all."""
+    kinds, resolve = reading.keys.sampled, reading.resolver(table.sketch)
     known, left = 0, kinds.total()
     least = ENOUGH / 2 * left
     for asked, (stem, count) in enumerate(kinds.most_common()):
         if not known and (left < least or asked == FREQUENT):
             return 0.0
         left -= count
-        known += count * bool(reading.layout.resolve(stem, table.sketch, reading.bundle.metadata))
+        known += count * bool(resolve(stem))
     return known / kinds.total()
 
 
-def _echo(layout: Layout, table: Architecture, heard: Mapping[Layout, set[str]], metadata: Mapping[str, str]) -> bool:
+def _echo(reading: _Reading, table: Architecture, others: Sequence[_Reading]) -> bool:
     """Whether a layout with derived voices writes nothing for a model that another one of its own does not write
     alike, knows no key that the other does not, and is not named in the header: it would be second anyway."""
-    if layout.id in table.writes or layout.signed(metadata):
+    layout = reading.layout
+    if layout.id in table.writes or reading.signed:
         return False
     written = layout.written(table).items()
     return any(
-        other.id in table.writes
-        and other.separator == layout.separator
-        and stems >= heard[layout]
-        and other.written(table).items() >= written
-        for other, stems in heard.items()
+        other.layout.id in table.writes
+        and other.layout.separator == layout.separator
+        and other.keys.heard >= reading.keys.heard
+        and other.layout.written(table).items() >= written
+        for other in others
     )
 
 
@@ -203,8 +201,9 @@ def _of_as_many_blocks(metadata: Mapping[str, str], rivals: Sequence[Candidate])
 def _whole(candidate: Candidate, metadata: Mapping[str, str]) -> float:
     """The share of the file's kinds of names, numbers aside, of which it has every one that the table has."""
     held: Counter[tuple[str, str, str]] = Counter()
+    resolve = candidate.layout.resolver(candidate.architecture, metadata)
     for stem in candidate.parsed.groups:
-        for said in candidate.layout.resolve(stem, candidate.architecture, metadata)[:1]:
+        for said in resolve(stem)[:1]:
             held[said.component, said.voice.naming, kind(said.name)] += 1
     known: Counter[tuple[str, str, str]] = Counter()
     for component, naming in {(component, naming) for component, naming, _ in held}:
@@ -212,13 +211,28 @@ def _whole(candidate: Candidate, metadata: Mapping[str, str]) -> float:
     return sum(count == known[of_kind] for of_kind, count in held.items()) / len(held)
 
 
-class _Reading:
-    """A bundle's keys in one spelling; parsed when somebody asks. `parsed` is None, with the reason in `error`, where
-    two keys say the same; `shapes` has the shape of every group whose factors fit each other."""
+class _Keys:
+    """A bundle's keys in one grammar, which several layouts may share; parsed when somebody asks.
 
-    def __init__(self, bundle: Bundle, layout: Layout) -> None:
+    `heard` are the stems of a sample, `parsed` is None, with the reason in `error`, where two keys say the same.
+    `shapes` has the shape of every group whose factors fit each other.
+    """
+
+    def __init__(self, bundle: Bundle, layout: Layout, sample: Sequence[str]) -> None:
         self.bundle, self.layout = bundle, layout
         self.error: FormatError | None = None
+        self.heard = {parts[0] for key in sample if (parts := layout.split(key)) is not None}
+
+    @cached_property
+    def sampled(self) -> Counter[str]:
+        """How many stems of the sample there are of each kind; see `_by_kind`."""
+        return Counter(_by_kind(self.heard, self.layout.separator).values())
+
+    @cached_property
+    def begun(self) -> str:
+        """What the kinds of the sample begin with is in here behind a line break; a folder's components, which have
+        sub-folders, too."""
+        return "\n".join(["", *self.sampled, *(stem.rpartition("/")[2] for stem in self.sampled if "/" in stem)])
 
     @cached_property
     def parsed(self) -> Parsed | None:
@@ -246,21 +260,45 @@ class _Reading:
         return Counter((kinds[stem], shape) for stem, shape in self.shapes.items())
 
 
+class _Reading:
+    """A bundle's keys as one layout. `signed`: the header says that this is it."""
+
+    def __init__(self, layout: Layout, keys: _Keys) -> None:
+        self.layout, self.keys = layout, keys
+        self.signed = layout.signed(keys.bundle.metadata)
+
+    def resolver(self, architecture: Architecture) -> Resolver:
+        """What the layout's stems are in a model."""
+        return self.layout.resolver(architecture, self.keys.bundle.metadata)
+
+    def begins(self, table: Architecture) -> bool:
+        """Whether a stem of the sample begins as one for this model may."""
+        return any(f"\n{prefix}" in self.keys.begun for prefix in self.layout.prefixes(table))
+
+
 def _open(readings: list[_Reading], candidates: tuple[Candidate, ...], tie: tuple[str, ...]) -> Detection | None:
-    found: list[Candidate] = []
+    """The best reading without a table. Raises FormatError where every spelling finds a contradiction."""
+    without = [architecture for architecture in architectures().values() if architecture.open]
+    offers = [
+        (_preference(reading.signed, 1.0, reading.layout.id in architecture.writes), reading, architecture)
+        for reading in readings
+        for architecture in without
+        if reading.layout.voices(architecture)
+    ]
+    offers.sort(key=lambda offer: (not offer[1].begins(offer[2]), -offer[0]))  # the likely ones first
+    best: Candidate | None = None
+    for most, reading, architecture in offers:
+        if best is None or 1 + most > best.resolved + best.preference:
+            for found in _candidates(reading, architecture):
+                if found.resolved and (
+                    best is None or found.resolved + found.preference > best.resolved + best.preference
+                ):
+                    best = found
+    if best is not None:
+        return Detection(best, candidates, tie)
     for reading in readings:
-        for architecture in architectures().values():
-            if not architecture.open or not reading.layout.voices(architecture):
-                continue
-            signed, table = reading.layout.signed(reading.bundle.metadata), reading.layout.id in architecture.writes
-            if 1 + _preference(signed, 1.0, table) > max([c.resolved + c.preference for c in found], default=0.0):
-                found += _candidates(reading, architecture)
-    found = sorted((c for c in found if c.resolved > 0), key=lambda c: -(c.resolved + c.preference))
-    if found:
-        return Detection(found[0], candidates, tie)
-    for reading in readings:
-        if reading.error is not None:
-            raise reading.error
+        if reading.keys.error is not None:
+            raise reading.keys.error
     return None
 
 
@@ -293,7 +331,7 @@ class _Offer(NamedTuple):
 
 def _offers(reading: _Reading, table: Architecture, place: int) -> list[_Offer]:
     """Every size of a model, measured by the kinds and shapes of its outlines alone."""
-    layout, metadata = reading.layout, reading.bundle.metadata
+    layout = reading.layout
     written = layout.written(table)
     published = table.checkpoints[0].voices if table.checkpoints else {}
     offers: list[_Offer] = []
@@ -305,8 +343,9 @@ def _offers(reading: _Reading, table: Architecture, place: int) -> list[_Offer]:
         named = right = 0
         plain = own = False
         told: list[object] = []
-        for (stem, shape), count in reading.kinds.items():
-            spoken = layout.resolve(stem, size.sketch, metadata)
+        resolve = reading.resolver(size.sketch)
+        for (stem, shape), count in reading.keys.kinds.items():
+            spoken = resolve(stem)
             if spoken:
                 named += count
                 right += count * (shape is None or any(said.targets and fits(said.targets, shape) for said in spoken))
@@ -317,8 +356,8 @@ def _offers(reading: _Reading, table: Architecture, place: int) -> list[_Offer]:
             standard = told
         elif told == standard and size.blocks is not None and size.blocks is table.blocks:
             continue  # as many blocks, and the same in them: what the file holds is in both
-        substance = (0.7 * named + 0.3 * right) / reading.total if named else 0.0
-        preference = _preference(layout.signed(metadata), float(plain), layout.id in table.writes)
+        substance = (0.7 * named + 0.3 * right) / reading.keys.total if named else 0.0
+        preference = _preference(reading.signed, float(plain), layout.id in table.writes)
         offers.append(_Offer(place, rank, reading, size, substance, preference, own))
     return offers
 
@@ -350,23 +389,23 @@ _Sizes = tuple[tuple[Any, ...], ...]
 
 def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate]:
     """The reading as one architecture; none where its keys contradict each other."""
-    layout, parsed, metadata = reading.layout, reading.parsed, reading.bundle.metadata
+    layout, parsed = reading.layout, reading.keys.parsed
     if parsed is None:
         return []
     written = layout.written(architecture)
     published = architecture.checkpoints[0].voices if architecture.checkpoints else {}
-    total = reading.total
+    total, shapes, resolve = reading.keys.total, reading.keys.shapes, reading.resolver(architecture)
     resolved = plain = own = fitting = 0
     alike: dict[_Sizes, tuple[Sequence[Spoken], tuple[int, ...]]] = {}
     counts: Counter[_Sizes] = Counter()
     for stem in parsed.groups:
-        spoken = layout.resolve(stem, architecture, metadata)
+        spoken = resolve(stem)
         if not spoken:
             continue
         resolved += 1
         plain += _is_said(spoken, written)
         own += _is_said(spoken, published)
-        shape = None if architecture.open else reading.shapes[stem]
+        shape = None if architecture.open else shapes[stem]
         if shape is not None:
             sizes: _Sizes = shape, *[tuple([target.shape for target in said.targets or ()]) for said in spoken]
             alike.setdefault(sizes, (spoken, shape))
@@ -393,7 +432,7 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
         max(factors.values()) / noted if noted else 0.0,
         plain / resolved if resolved else 0.0,
         own / resolved if resolved else 0.0,
-        layout.signed(metadata),
+        reading.signed,
         layout.id in architecture.writes,
     )
     return [found]

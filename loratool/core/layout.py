@@ -82,21 +82,27 @@ class Layout:
 
     def written(self, architecture: Architecture) -> Mapping[str, Voice]:
         """The voice in which each component of a model is written."""
-        return _written(self, architecture)
+        return _written(self, architecture.whole)
 
     def voices(self, architecture: Architecture) -> Sequence[tuple[str, Voice]]:
         """Every (component, voice) that may occur for a model, the written ones first."""
-        return _voices(self, architecture)
+        return _voices(self, architecture.whole)
 
     def prefixes(self, architecture: Architecture) -> tuple[str, ...]:
         """What a stem may begin with for a model."""
-        return _prefixes(self, architecture)
+        return _prefixes(self, architecture.whole)
 
     def signed(self, metadata: Mapping[str, str]) -> bool:
         """Whether the header says that this layout's program wrote the file: it decides between equal spellings."""
         return False
 
     # -- reading ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def grammar(self) -> object:
+        """What `parse` makes of keys follows from this: equal for layouts that differ in names only."""
+        kind = type(self)
+        return kind.parse, kind.split, kind.rewrite, self.separator, frozenset(self.suffixes.items())
 
     @cached_property
     def suffixes(self) -> Mapping[str, tuple[str, str]]:
@@ -140,9 +146,16 @@ class Layout:
             roles[role] = key
         return Parsed(groups, tuple(unknown))
 
+    def resolver(self, architecture: Architecture, metadata: Mapping[str, str]) -> Resolver:
+        """The function from a stem to everything that it may name in an architecture, best first.
+
+        `metadata` is the file's header's.
+        """
+        return _resolver(self, architecture)
+
     def resolve(self, stem: str, architecture: Architecture, metadata: Mapping[str, str]) -> Sequence[Spoken]:
-        """Everything a stem may name in an architecture, best first. `metadata` is the file's header's."""
-        return _resolver(self, architecture)(stem)
+        """Everything that one stem may name."""
+        return self.resolver(architecture, metadata)(stem)
 
     def read(self, bundle: Bundle, architecture: Architecture, parsed: Parsed | None = None) -> Adapter:
         """The adapter in a bundle, for one architecture. Nothing but alpha scalars is read.
@@ -157,8 +170,9 @@ class Layout:
         unread: dict[str, int] = {}
         voices: dict[str, Voice] = {}
         taken: dict[tuple[str, str], str] = {}
+        resolve = self.resolver(architecture, bundle.metadata)
         for stem, group in parsed.groups.items():
-            spoken = self.resolve(stem, architecture, bundle.metadata)
+            spoken = resolve(stem)
             for family in [family for family in group.by_family if family not in families()]:
                 unread[family] = unread.get(family, 0) + 1
                 extras.update(dict.fromkeys(group.by_family.pop(family).values()))
@@ -410,25 +424,33 @@ class Layout:
 
 
 @cache
+def _derived(layout: Layout, architecture: Architecture) -> Voices:
+    return {} if layout.id in architecture.writes else layout.derive(architecture)
+
+
+@cache
 def _written(layout: Layout, architecture: Architecture) -> Mapping[str, Voice]:
     own = architecture.writes.get(layout.id)
-    derived = layout.derive(architecture) if own is None else {}
-    return own if own is not None else {component: voices[0] for component, voices in derived.items()}
+    if own is not None:
+        return own
+    return {component: voices[0] for component, voices in _derived(layout, architecture).items()}
 
 
 @cache
 def _voices(layout: Layout, architecture: Architecture) -> Sequence[tuple[str, Voice]]:
     voices = dict.fromkeys(_written(layout, architecture).items())
     voices |= dict.fromkeys(architecture.voices(layout.id))
-    if layout.id not in architecture.writes:
-        for component, more in layout.derive(architecture).items():
-            voices |= dict.fromkeys((component, voice) for voice in more)
+    for component, more in _derived(layout, architecture).items():
+        voices |= dict.fromkeys((component, voice) for voice in more)
     return tuple(voices)
 
 
 @cache
 def _prefixes(layout: Layout, architecture: Architecture) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(voice.prefix for _, voice in layout.voices(architecture)))
+    spoken = [voice for _, voice in architecture.voices(layout.id)]
+    for voices in _derived(layout, architecture).values():
+        spoken += voices
+    return tuple(dict.fromkeys(voice.prefix for voice in spoken))
 
 
 @cache

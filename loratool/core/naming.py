@@ -45,8 +45,8 @@ class Naming(Mapping[str, tuple[Target, ...]]):
         self._tensor_keys = dict(tensor_keys or {})
         self._transposed = transposed
         self._pointwise = pointwise
-        self._spellings: dict[str, dict[str, list[str]]] = {}
-        self._kinds: dict[str, Mapping[str, Sequence[str]]] = {}
+        self._spellings: dict[str, dict[str, tuple[str, ...]]] = {}
+        self._kinds: dict[str, dict[str, list[str]]] = {}
 
     def __getitem__(self, name: str) -> tuple[Target, ...]:
         return self._table[name]
@@ -65,38 +65,39 @@ class Naming(Mapping[str, tuple[Target, ...]]):
         """The names that read `text` when their dots are written as `separator`."""
         if separator == ".":
             return (text,) if text in self._table else ()
-        if separator not in self._spellings:
-            index: dict[str, list[str]] = {}
-            for name in self._table:
-                index.setdefault(name.replace(".", separator), []).append(name)
+        index = self._spellings.get(separator)
+        if index is None:
+            spelled = _in_one(self._table).replace(".", separator).split("\n")
+            index = dict(zip(spelled, zip(self._table, strict=False), strict=True))
+            if len(index) < len(self._table):  # names that read alike
+                found: dict[str, list[str]] = {}
+                for name, text in zip(self._table, spelled, strict=True):
+                    found.setdefault(text, []).append(name)
+                index = {text: tuple(names) for text, names in found.items()}
             self._spellings[separator] = index
-        return self._spellings[separator].get(text, ())
+        return index.get(text, ())
 
-    def kinds(self, separator: str) -> Mapping[str, Sequence[str]]:
-        """Kind of name, dots written as `separator` -> names of that kind, one of each shape."""
-        found = self._kinds.get(separator)
-        if found is None:
-            index: dict[str, dict[tuple[int, ...], str]] = {}
-            for of_kind, names in self._by_kind.items():
-                spelled = of_kind.replace(".", separator)
-                index[spelled] = {**names, **index[spelled]} if spelled in index else names
-            found = self._kinds[separator] = {of_kind: tuple(names.values()) for of_kind, names in index.items()}
-        return found
+    def alike(self, of_kind: str, separator: str) -> Sequence[str]:
+        """The names of one `kind`, when their dots are written as `separator`: one of each shape."""
+        index = self._kinds.get(separator)
+        if index is None:
+            index = self._kinds[separator] = {}
+            kinds = _NUMBER.sub("#", _in_one(self._table)).replace(".", separator).split("\n")
+            for name, spelled in zip(self._table, kinds, strict=True):
+                names = index.get(spelled)
+                if names is None:
+                    index[spelled] = [name]
+                else:
+                    names.append(name)
+        found = index.get(of_kind, ())
+        if len(found) < 2:
+            return found
+        shapes = {self._shape(name): name for name in reversed(found)}
+        return tuple(reversed(shapes.values()))
 
-    @cached_property
-    def _by_kind(self) -> Mapping[str, dict[tuple[int, ...], str]]:
-        """Kind of name -> shape -> a name."""
-        index: dict[str, dict[tuple[int, ...], str]] = {}
-        for (name, targets), of_kind in zip(self._table.items(), kinds_of(self._table), strict=True):
-            shape = targets[0].shape
-            if len(targets) > 1:
-                shape = (sum([target.shape[0] for target in targets]), *shape[1:])
-            names = index.get(of_kind)
-            if names is None:
-                index[of_kind] = {shape: name}
-            else:
-                names.setdefault(shape, name)
-        return index
+    def _shape(self, name: str) -> tuple[int, ...]:
+        first, *rest = self._table[name]
+        return (first.rows + sum([target.rows for target in rest]), *first.shape[1:])
 
     @cached_property
     def _names(self) -> dict[tuple[Target, ...], str]:
@@ -137,6 +138,6 @@ def kind(name: str) -> str:
     return _NUMBER.sub("#", name)
 
 
-def kinds_of(names: Iterable[str]) -> list[str]:
-    """The kind of each of a table's names, which hold no line breaks: in one step for all of them."""
-    return _NUMBER.sub("#", "\n".join(names)).split("\n")
+def _in_one(names: Iterable[str]) -> str:
+    """All names of a table in one text, a line each: replacing in it is faster by far than in one after another."""
+    return "\n".join(names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from loratool.core.architecture import Architecture, Spoken
+from loratool.core.architecture import Architecture, Resolver, Spoken
 from loratool.core.layout import Layout, Parsed
 from loratool.core.module import Module
 from loratool.layouts._lycoris import BESIDE_NORM
@@ -27,12 +27,22 @@ class Flattened(Layout):
         meaning = self.suffixes.get(dot + rest)
         return (stem, *meaning) if meaning is not None and stem else None
 
-    def resolve(self, stem: str, architecture: Architecture, metadata: Mapping[str, str]) -> Sequence[Spoken]:
+    def rewrite(self, key: str) -> str:
+        """diffusers' `--output_kohya_format` writes `..._to_k_lora.down.weight` for `..._to_k.lora_down.weight`."""
+        if key.endswith(("_lora.down.weight", "_lora.up.weight")):
+            stem, _, rest = key.rpartition("_lora.")
+            return f"{stem}.lora_{rest}"
+        return key
+
+    def resolver(self, architecture: Architecture, metadata: Mapping[str, str]) -> Resolver:
         """With two underscores where the model's table does not know them; see `single_underscore`."""
-        found = super().resolve(stem, architecture, metadata)
-        if found or not stem.startswith(_DOUBLED):
-            return found
-        return super().resolve(single_underscore(stem), architecture, metadata)
+        plain = super().resolver(architecture, metadata)
+
+        def resolve(stem: str) -> Sequence[Spoken]:
+            found = plain(stem)
+            return plain(single_underscore(stem)) if not found and stem.startswith(_DOUBLED) else found
+
+        return resolve
 
     def parse(self, keys: Sequence[str]) -> Parsed:
         """A `.weight` is IA3's only beside its flag; without it, it is a tensor that nobody knows."""

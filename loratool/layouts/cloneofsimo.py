@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 
-from loratool.core.architecture import Architecture, Spoken
+from loratool.core.architecture import Architecture, Resolver, Spoken
 from loratool.core.layout import Layout, Parsed
 
 _KEY = re.compile(r"^(unet|text_encoder):(\d+):(up|down)$")
@@ -63,17 +63,21 @@ class Cloneofsimo(Layout):
             return parsed
         return parsed._replace(groups={f"{len(parsed.groups)} modules: {n}": one for n, one in parsed.groups.items()})
 
-    def resolve(self, stem: str, architecture: Architecture, metadata: Mapping[str, str]) -> Sequence[Spoken]:
+    def resolver(self, architecture: Architecture, metadata: Mapping[str, str]) -> Resolver:
         """The module at that position of the traversal, if the classes that were visited are known ones."""
-        match = _LISTED_STEM.match(stem)
-        if match is not None:
-            return _listed(architecture.whole, int(match[2]), match[1] and int(match[1]))
-        match = _STEM.match(stem)
-        if match is None:
-            return ()
-        spoken = _traversal(architecture.whole, match[1], metadata.get(match[1], ""))
-        index = int(match[2])
-        return [spoken[index]] if index < len(spoken) else ()
+
+        def resolve(stem: str) -> Sequence[Spoken]:
+            match = _LISTED_STEM.match(stem)
+            if match is not None:
+                return _listed(architecture.whole, int(match[2]), match[1] and int(match[1]))
+            match = _STEM.match(stem)
+            if match is None:
+                return ()
+            spoken = _traversal(architecture.whole, match[1], metadata.get(match[1], ""))
+            index = int(match[2])
+            return [spoken[index]] if index < len(spoken) else ()
+
+        return resolve
 
 
 def _listed(architecture: Architecture, index: int, count: int | str | None) -> Sequence[Spoken]:

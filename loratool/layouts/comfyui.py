@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from loratool.core.adapter import Adapter
-from loratool.core.architecture import Architecture, Spoken, Voice
+from loratool.core.architecture import Architecture, Resolver, Spoken, Voice
 from loratool.core.layout import ALPHA, ANY, MAGNITUDE, Layout, Parsed
 from loratool.core.module import Module
 from loratool.core.tensor import LazyTensor
@@ -56,13 +56,18 @@ class Comfyui(Layout):
             modules.append(module)
         return replace(adapter, modules=tuple(modules), extras=extras)
 
-    def resolve(self, stem: str, architecture: Architecture, metadata: Mapping[str, str]) -> Sequence[Spoken]:
+    def resolver(self, architecture: Architecture, metadata: Mapping[str, str]) -> Resolver:
         """A parameter that is no module's `weight` goes by its own name in ComfyUI: `query_norm.scale`."""
-        found = super().resolve(stem, architecture, metadata)
-        if found or architecture.open or not stem.endswith(_OWN_NAMES):
-            return found
-        whole = super().resolve(stem.rpartition(".")[0], architecture, metadata)
-        return [said for said in whole if _own_name(said.voice, said.name, said.component, architecture)]
+        usual = super().resolver(architecture, metadata)
+
+        def resolve(stem: str) -> Sequence[Spoken]:
+            found = usual(stem)
+            if found or architecture.open or not stem.endswith(_OWN_NAMES):
+                return found
+            whole = usual(stem.rpartition(".")[0])
+            return [said for said in whole if _own_name(said.voice, said.name, said.component, architecture)]
+
+        return resolve
 
     def stem(self, module: Module, architecture: Architecture, voices: Mapping[str, Voice]) -> str:
         """With the parameter's own name behind that of its module, where it has one."""

@@ -19,7 +19,7 @@ from functools import cache
 from typing import Any
 
 from loratool.core.adapter import GGUF, Adapter, Bundle
-from loratool.core.architecture import Architecture, Spoken, Voice
+from loratool.core.architecture import Architecture, Resolver, Spoken, Voice
 from loratool.core.errors import NotRepresentable
 from loratool.core.layout import Layout, Parsed, Voices
 from loratool.core.module import Module
@@ -64,21 +64,25 @@ class Gguf(Layout):
         """The file says what it is."""
         return metadata.get("adapter.type") == "lora"
 
-    def resolve(self, stem: str, architecture: Architecture, metadata: Mapping[str, str]) -> Sequence[Spoken]:
+    def resolver(self, architecture: Architecture, metadata: Mapping[str, str]) -> Resolver:
         """transformers' name of a tensor of llama.cpp's; its own where that would be wrong or is not known."""
         kind = metadata.get(ARCHITECTURE)
         voices = dict(self.written(architecture))
-        if kind is None or not voices:
-            return ()
-        name = stem.removesuffix(".weight")
-        path = _path(kind, name) if stem.endswith(".weight") else None
-        if _turned(kind, name) is not None and _heads(architecture, name) is None:
-            path = None
-        if architecture.open:
-            component = _OWN if path is None else _MODEL
-            return (Spoken(component, voices[component], path or stem, None),)
-        naming = architecture.naming(_MODEL, voices[_MODEL].naming)
-        return () if path is None or path not in naming else (Spoken(_MODEL, voices[_MODEL], path, naming[path]),)
+
+        def resolve(stem: str) -> Sequence[Spoken]:
+            if kind is None or not voices:
+                return ()
+            name = stem.removesuffix(".weight")
+            path = _path(kind, name) if stem.endswith(".weight") else None
+            if _turned(kind, name) is not None and _heads(architecture, name) is None:
+                path = None
+            if architecture.open:
+                component = _OWN if path is None else _MODEL
+                return (Spoken(component, voices[component], path or stem, None),)
+            naming = architecture.naming(_MODEL, voices[_MODEL].naming)
+            return () if path is None or path not in naming else (Spoken(_MODEL, voices[_MODEL], path, naming[path]),)
+
+        return resolve
 
     def read(self, bundle: Bundle, architecture: Architecture, parsed: Parsed | None = None) -> Adapter:
         """With q and k in transformers' order, where the number of heads is known."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from loratool.core.adapter import Adapter
-from loratool.core.architecture import Architecture, Spoken
+from loratool.core.architecture import Architecture, Resolver, Spoken
 from loratool.layouts._flattened import Flattened
 from loratool.layouts._lycoris import IA3
 from loratool.layouts._suffixes import ALIASES, LYCORIS
@@ -20,24 +20,22 @@ _OFT_PREFIX, _PREFIX = "oft_unet_", "lora_unet_"
 class Kohya(Flattened):
     """The flattened spelling."""
 
-    def rewrite(self, key: str) -> str:
-        """diffusers' `--output_kohya_format` writes `..._to_k_lora.down.weight` for `..._to_k.lora_down.weight`."""
-        if key.endswith(("_lora.down.weight", "_lora.up.weight")):
-            stem, _, rest = key.rpartition("_lora.")
-            return f"{stem}.lora_{rest}"
-        return key
-
     def prefixes(self, architecture: Architecture) -> tuple[str, ...]:
         """sd-scripts' own OFT has one more."""
         prefixes = super().prefixes(architecture)
         return (*prefixes, _OFT_PREFIX) if _PREFIX in prefixes else prefixes
 
-    def resolve(self, stem: str, architecture: Architecture, metadata: Mapping[str, str]) -> Sequence[Spoken]:
+    def resolver(self, architecture: Architecture, metadata: Mapping[str, str]) -> Resolver:
         """sd-scripts' own OFT has `oft_unet_` where everybody else has `lora_unet_`. Written is the latter."""
-        if not stem.startswith(_OFT_PREFIX):
-            return super().resolve(stem, architecture, metadata)
-        found = super().resolve(_PREFIX + stem[len(_OFT_PREFIX) :], architecture, metadata)
-        return [said._replace(voice=said.voice._replace(prefix=_OFT_PREFIX)) for said in found]
+        usual = super().resolver(architecture, metadata)
+
+        def resolve(stem: str) -> Sequence[Spoken]:
+            if not stem.startswith(_OFT_PREFIX):
+                return usual(stem)
+            found = usual(_PREFIX + stem[len(_OFT_PREFIX) :])
+            return [said._replace(voice=said.voice._replace(prefix=_OFT_PREFIX)) for said in found]
+
+        return resolve
 
     def with_alphas(self, adapter: Adapter) -> Adapter:
         """sd-scripts' `split_qkv` makes the parts block-diagonal and leaves alpha as it was: said, not corrected."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from loratool.core.adapter import CONFIG, Adapter, Bundle
-from loratool.core.architecture import Architecture, Spoken, Voice
+from loratool.core.architecture import Architecture, Resolver, Spoken, Voice
 from loratool.core.errors import FormatError, NotRepresentable
 from loratool.core.layout import ANY, MAGNITUDE, VECTOR, Layout
 from loratool.core.module import Module
@@ -42,14 +42,19 @@ class Peft(Layout):
         key = without_adapter_name(key)
         return key.removesuffix(".weight") if key.endswith(".lora_magnitude_vector.weight") else key
 
-    def resolve(self, stem: str, architecture: Architecture, metadata: Mapping[str, str]) -> Sequence[Spoken]:
+    def resolver(self, architecture: Architecture, metadata: Mapping[str, str]) -> Resolver:
         """In a sub-folder named after a component, only what belongs to that component."""
-        folder, slash, name = stem.rpartition("/")
-        spoken = super().resolve(name, architecture, metadata)
-        if not folder:
-            return spoken
-        own = [said for said in spoken if said.component == folder] or spoken
-        return [said._replace(voice=Voice(folder + slash + said.voice.prefix, said.voice.naming)) for said in own]
+        usual = super().resolver(architecture, metadata)
+
+        def resolve(stem: str) -> Sequence[Spoken]:
+            folder, slash, name = stem.rpartition("/")
+            spoken = usual(name)
+            if not folder:
+                return spoken
+            own = [said for said in spoken if said.component == folder] or spoken
+            return [said._replace(voice=Voice(folder + slash + said.voice.prefix, said.voice.naming)) for said in own]
+
+        return resolve
 
     def with_alphas(self, adapter: Adapter) -> Adapter:
         """Alphas from the config of each component's folder."""
