@@ -110,25 +110,13 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
     tables = [a for a in (among if among is not None else architectures().values()) if not a.open]
     keys = list(bundle.tensors)
     sample = keys[:: max(1, len(keys) // SAMPLE)]
-    shares: list[tuple[float, _Reading, Architecture]] = []
     spellings = [layouts()[layout]] if layout else list(layouts().values())
     spelled: dict[object, _Keys] = {}
     for one in spellings:
         if one.grammar not in spelled:
             spelled[one.grammar] = _Keys(bundle, one, sample)
     readings = [_Reading(one, spelled[one.grammar]) for one in spellings if spelled[one.grammar].heard]
-    for reading in readings:
-        for table in tables:
-            if not reading.begins(table) or _echo(reading, table, readings):
-                continue
-            share = _share(reading, table)
-            if share:
-                shares.append((share, reading, table))
-    # The standard size of the right model names more than half of what its other sizes name.
-    likely = ENOUGH * max([share for share, *_ in shares], default=0.0)
-    candidates = _ranked((reading, table) for share, reading, table in shares if share >= max(likely, ENOUGH / 2))
-    if not any(c.resolved >= ENOUGH for c in candidates):
-        candidates = _ranked((reading, table) for _, reading, table in shares)
+    candidates = _of_the_named(readings, tables, bundle.metadata) or _of(readings, tables)
     believed = [c for c in candidates if c.resolved > ENOUGH]
     if believed:
         rivals = [c for c in believed if c.score > believed[0].score - CLOSE]
@@ -141,6 +129,51 @@ def detect(bundle: Bundle, among: Iterable[Architecture] | None = None, layout: 
             return Detection(best, tuple(candidates), others=others)
         return _open(readings, tuple(candidates), tuple(dict.fromkeys(c.architecture.id for c in rivals)))
     return _open(readings, tuple(candidates), ())
+
+
+def _of_the_named(
+    readings: Sequence[_Reading], tables: Sequence[Architecture], metadata: Mapping[str, str]
+) -> list[Candidate]:
+    """The readings as the models that the header names, if the best of them is perfect: no other could then be more
+    than a rival, between which and these the header decides. Else none."""
+    claims = {table: _claim(metadata, table) for table in tables} if metadata else {}
+    most = max(claims.values(), default=0)
+    if not most:
+        return []
+    candidates = _of(readings, [table for table, count in claims.items() if count == most])
+    highest = 1 + max(_preference(reading.signed, 1.0, True) for reading in readings)
+    if candidates and candidates[0].score > highest - _EXACT and _agrees(metadata, candidates[0].architecture) == most:
+        return candidates
+    return []
+
+
+def _claim(metadata: Mapping[str, str], table: Architecture) -> int:
+    """The most facts of one of a model's sizes that the header states."""
+    sizes = ({**table.facts, **variant.facts} for variant in table.variants)
+    return max(sum(metadata.get(key) == fact for key, fact in facts.items()) for facts in (table.facts, *sizes))
+
+
+def _agrees(metadata: Mapping[str, str], model: Architecture) -> int:
+    """How many facts of a model in one size the header states."""
+    return sum(metadata.get(key) == fact for key, fact in model.facts.items())
+
+
+def _of(readings: Sequence[_Reading], tables: Sequence[Architecture]) -> list[Candidate]:
+    """What the readings may be among these models, the best first."""
+    shares: list[tuple[float, _Reading, Architecture]] = []
+    for reading in readings:
+        for table in tables:
+            if not reading.begins(table) or _echo(reading, table, readings):
+                continue
+            share = _share(reading, table)
+            if share:
+                shares.append((share, reading, table))
+    # The standard size of the right model names more than half of what its other sizes name.
+    likely = ENOUGH * max([share for share, *_ in shares], default=0.0)
+    candidates = _ranked((reading, table) for share, reading, table in shares if share >= max(likely, ENOUGH / 2))
+    if not any(c.resolved >= ENOUGH for c in candidates):
+        candidates = _ranked((reading, table) for _, reading, table in shares)
+    return candidates
 
 
 def _share(reading: _Reading, table: Architecture) -> float:
@@ -175,7 +208,7 @@ def _echo(reading: _Reading, table: Architecture, others: Sequence[_Reading]) ->
 
 def _named_in(metadata: Mapping[str, str], rivals: Sequence[Candidate]) -> list[Candidate]:
     """Of equally good readings those whose model the header names; all if it names none, or all alike."""
-    agreeing = [sum(metadata.get(key) == fact for key, fact in c.architecture.facts.items()) for c in rivals]
+    agreeing = [_agrees(metadata, c.architecture) for c in rivals]
     return [c for c, count in zip(rivals, agreeing, strict=True) if count == max(agreeing)]
 
 
@@ -365,6 +398,9 @@ def _offers(reading: _Reading, table: Architecture, place: int) -> list[_Offer]:
 def _ranked(pairs: Iterable[tuple[_Reading, Architecture]]) -> list[Candidate]:
     """What the readings are as these architectures, each in the size that fits best (the standard one, unless another
     fits better), the best score first; without those that cannot come near it."""
+    pairs = list(pairs)
+    if len(pairs) == 1 and len(pairs[0][1].sizes) == 1:
+        return [c for c in _candidates(*pairs[0]) if c.resolved > 0]  # there is nothing to choose from
     offers = [one for place, pair in enumerate(pairs) for one in _offers(*pair, place)]
     floor = 0.0
     best: dict[int, tuple[Candidate, int]] = {}
@@ -374,7 +410,7 @@ def _ranked(pairs: Iterable[tuple[_Reading, Architecture]]) -> list[Candidate]:
             continue
         if any(offer.echoed(found) for found, _ in best.values()):
             continue
-        for found in _candidates(offer.reading, offer.size):
+        for found in _candidates(offer.reading, offer.size, floor):
             if own is None or (found.score, -offer.rank) > (own.score, -rank):
                 best[offer.place] = found, offer.rank
             if found.resolved > ENOUGH:
@@ -387,8 +423,8 @@ _Sizes = tuple[tuple[Any, ...], ...]
 """The shape of an update, and those of the targets of everything that it may be of."""
 
 
-def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate]:
-    """The reading as one architecture; none where its keys contradict each other."""
+def _candidates(reading: _Reading, architecture: Architecture, floor: float = 0.0) -> list[Candidate]:
+    """The reading as one architecture; none where its keys contradict each other, or its score is below `floor`."""
     layout, parsed = reading.layout, reading.keys.parsed
     if parsed is None:
         return []
@@ -396,11 +432,16 @@ def _candidates(reading: _Reading, architecture: Architecture) -> list[Candidate
     published = architecture.checkpoints[0].voices if architecture.checkpoints else {}
     total, shapes, resolve = reading.keys.total, reading.keys.shapes, reading.resolver(architecture)
     resolved = plain = own = fitting = 0
+    missing = len(parsed.unknown)
+    needed = (floor - _preference(True, 1.0, True)) * total
     alike: dict[_Sizes, tuple[Sequence[Spoken], tuple[int, ...]]] = {}
     counts: Counter[_Sizes] = Counter()
     for stem in parsed.groups:
         spoken = resolve(stem)
         if not spoken:
+            missing += 1
+            if total - missing < needed:
+                return []
             continue
         resolved += 1
         plain += _is_said(spoken, written)

@@ -171,6 +171,7 @@ class Layout:
         voices: dict[str, Voice] = {}
         taken: dict[tuple[str, str], str] = {}
         resolve = self.resolver(architecture, bundle.metadata)
+        known: dict[object, tuple[int, ...]] = {}
         for stem, group in parsed.groups.items():
             spoken = resolve(stem)
             for family in [family for family in group.by_family if family not in families()]:
@@ -183,7 +184,7 @@ class Layout:
                 continue
             if ALPHA in group.shared and families()[next(iter(group.by_family))].alpha_role is None:
                 extras[group.shared.pop(ALPHA)] = None
-            said, module = self._module(stem, group, spoken, bundle)
+            said, module = self._module(stem, group, spoken, bundle, known)
             for target in module.targets:
                 other = taken.setdefault((target.component, target.path), stem)
                 if other != stem:
@@ -209,24 +210,37 @@ class Layout:
             )
         )
 
-    def _module(self, stem: str, group: Group, spoken: Sequence[Spoken], bundle: Bundle) -> tuple[Spoken, Module]:
+    def _module(
+        self,
+        stem: str,
+        group: Group,
+        spoken: Sequence[Spoken],
+        bundle: Bundle,
+        known: dict[object, tuple[int, ...]],
+    ) -> tuple[Spoken, Module]:
+        """What a stem names, and its module. `known` are the shapes of updates whose factors have been looked at."""
         if len(group.by_family) > 1:
             names = " and ".join(sorted(group.by_family))
             raise FormatError(f"one module of two families: {names}", key=stem)
         (family_id, roles), *_ = group.by_family.items()
-        family_id, renamed = self.meant(family_id, {role: bundle.tensors[key] for role, key in roles.items()})
+        factors = {role: bundle.tensors[key] for role, key in roles.items()}
+        family_id, renamed = self.meant(family_id, factors)
         if renamed:
             roles = {renamed.get(role, role): key for role, key in roles.items()}
+            factors = {renamed.get(role, role): factor for role, factor in factors.items()}
         family = families()[family_id]
-        factors = self.read_factors(family_id, {role: bundle.tensors[key] for role, key in roles.items()})
+        factors = self.read_factors(family_id, factors)
         constant = family.alpha_role if family.alpha_role != ALPHA_SCALES else None
         if constant is not None and ALPHA in group.shared:
             factors[constant] = bundle.tensors[group.shared[ALPHA]]
         shapes = {role: factor.shape for role, factor in factors.items()}
-        problem = family.problem(shapes)
-        if problem is not None:
-            raise FormatError(problem, key=stem, hint="the file is damaged or was written by a broken tool")
-        shape = family.shape(shapes)
+        alike = family_id, *shapes.items()
+        shape = known.get(alike)
+        if shape is None:
+            problem = family.problem(shapes)
+            if problem is not None:
+                raise FormatError(problem, key=stem, hint="the file is damaged or was written by a broken tool")
+            shape = known[alike] = family.shape(shapes)
         said = _best(spoken, shape, bundle.metadata.get(COMPONENT))
         alpha = None
         if ALPHA in group.shared and constant is None:

@@ -115,7 +115,8 @@ class Module:
     @property
     def parameters(self) -> int:
         """Number of stored values, alpha and other constants not counted."""
-        return sum(tensor.numel for tensor in self.tensors.values() if tensor.shape)
+        beside = self.magnitude.numel if self.magnitude is not None else 0
+        return beside + sum([prod(shape) for shape in self.shapes.values() if shape])
 
     @property
     def dtype(self) -> str:

@@ -206,18 +206,19 @@ class _Reader:
 
     def entries(self) -> None:
         """Reads tensors that are spelled as usual, up to one that is not, at which something is wrong, or the last."""
-        raw, entries, spelled, at = self.raw, self.found.entries, self.spelled, self.at
-        while (match := _ENTRY.match(raw, at)) is not None:
-            name, *written, start, stop = match.groups()
-            said = spelled.get((written[0], written[1])) or self.sized(written[0], written[1])
+        raw, entries, spelled, lost, at = self.raw, self.found.entries, self.spelled, self.lost, self.at
+        read = _ENTRY.match
+        while (match := read(raw, at)) is not None:
+            name, dtype, shape, start, stop = match.groups()
+            code, sizes, nbytes = spelled.get((dtype, shape)) or self.sized(dtype, shape)
             begin, end = int(start), int(stop)
             try:
                 key = name.decode()
             except UnicodeDecodeError:
                 break
-            if end - begin != said[2] or end > MAX_U64 or key in entries or key in self.lost or key == METADATA:
+            if end - begin != nbytes or end > MAX_U64 or key in entries or key in lost or key == METADATA:
                 break
-            entries[key] = Entry(said[0], said[1], begin, end, LENGTH + at)
+            entries[key] = Entry(code, sizes, begin, end, LENGTH + at)
             at = match.end()
         self.at = at
 

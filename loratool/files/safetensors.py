@@ -218,8 +218,8 @@ def _header_length(file: OpenFile) -> int:
 
 def _tensors(found: Scan, file: OpenFile, begin: int) -> dict[str, LazyTensor]:
     return {
-        name: LazyTensor(entry.shape, entry.dtype, FileRange(file, begin + entry.start, entry.stop - entry.start))
-        for name, entry in found.entries.items()
+        name: LazyTensor(shape, dtype, FileRange(file, begin + start, stop - start))
+        for name, (dtype, shape, start, stop, _) in found.entries.items()
     }
 
 

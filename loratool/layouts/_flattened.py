@@ -50,8 +50,10 @@ class Flattened(Layout):
         strays = [
             stem
             for stem, group in parsed.groups.items()
-            if group.by_family.get("ia3", {"on_input": ""}).keys() == {"output"}
+            if "ia3" in group.by_family and group.by_family["ia3"].keys() == {"output"}
         ]
+        if not strays:
+            return parsed
         unknown = list(parsed.unknown)
         groups = dict(parsed.groups)
         for stem in strays:

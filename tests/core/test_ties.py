@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from loratool.core import detect as detect_module
 from loratool.core.adapter import Bundle
 from loratool.core.architecture import Architecture
 from loratool.core.detect import Detection, detect
@@ -156,3 +157,40 @@ def test_wan_fun_and_diffsynth(tmp_path: Path) -> None:
     own = lora(architectures()["wan"], "comfyui", blocks_only)
     bare = Bundle({key.removeprefix("diffusion_model."): tensor for key, tensor in own.tensors.items()}, {})
     assert (found(bare).best.architecture.id, found(bare).best.layout.id) == ("wan", "native")
+
+
+EVERY = [
+    (size, layout)
+    for table in architectures().values()
+    if not table.open
+    for size in table.sizes
+    for layout in size.writes
+    if layout != "xlabs"
+]
+
+
+def told(bundle: Bundle) -> tuple[object, ...]:
+    detection = found(bundle)
+    best = detection.best
+    return best.layout.id, best.architecture.title, best.score, detection.tie, detection.others
+
+
+@pytest.mark.parametrize(("size", "layout"), EVERY, ids=[f"{size.title}-{layout}" for size, layout in EVERY])
+@pytest.mark.parametrize("keep", [lambda name: True, attention], ids=["all", "attention"])
+def test_what_the_header_names_is_found_as_among_all_models(
+    size: Architecture, layout: str, keep: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kin = architectures().get(size.kin)
+    headers = [size.facts, *([kin.facts] if kin else []), architectures()["flux"].facts, {"software": '{"name": "x"}'}]
+    bundles = [lora(size, layout, keep, header) for header in headers]
+    if not bundles[0].tensors:
+        pytest.skip("no such modules")
+    quick = [told(bundle) for bundle in bundles]
+    monkeypatch.setattr(detect_module, "_of_the_named", lambda *asked: [])
+    assert quick == [told(bundle) for bundle in bundles]
+
+
+def test_a_model_that_the_header_names_is_compared_with_no_other() -> None:
+    sd15 = architectures()["sd15"]
+    assert {c.architecture.id for c in found(lora(sd15, "kohya", attention)).candidates} == {"sd15", "sd21"}
+    assert {c.architecture.id for c in found(lora(sd15, "kohya", attention, sd15.facts)).candidates} == {"sd15"}
