@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
-from typing import Any
+
+from loratool.files.libc import libc as _libc
 
 MADE_READY = 16 << 20
 """Bytes whose pages one thread makes ready at once; they count as this process's memory meanwhile."""
@@ -110,16 +109,3 @@ def _in_memory(fd: int) -> bool:
         return False
     lines = [line.split(" - ") for line in text.splitlines()]
     return any(parts[0].split()[2] == number and parts[-1].split()[0] == "tmpfs" for parts in lines)
-
-
-@cache
-def _libc() -> Any:
-    """The C library, whose calls do not hold Python's lock; None where it is another one."""
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-    return libc

@@ -10,6 +10,7 @@ from types import TracebackType
 from loratool.core.errors import FormatError, LoratoolError
 from loratool.core.tensor import DTYPES, LazyTensor
 from loratool.files.ahead import Ahead, Behind
+from loratool.files.libc import same
 from loratool.files.safetensors import FileRange, Header, header_bytes
 
 PIECE = 1 << 20
@@ -150,7 +151,7 @@ class Output:
             self.write(piece, part.target)
             if verify:
                 self.read(memoryview(theirs)[: part.nbytes], part.target)
-                if ours[: part.nbytes] != theirs[: part.nbytes] if part.nbytes < len(ours) else ours != theirs:
+                if not same(ours, theirs, part.nbytes):
                     raise FormatError(
                         f"bytes {part.source} to {part.source + part.nbytes} are not the same in what was written",
                         file=source.file.path,

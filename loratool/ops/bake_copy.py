@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,9 @@ from loratool.files.checkpoint import WeightFile
 from loratool.files.stream import PIECE, Copy, Output, stretch
 from loratool.ops.bake_task import FileTask
 
-COPIERS = 2
+COPIERS = 2 if (os.cpu_count() or 1) <= 4 else 4
+"""Threads; on few processors they would take the place of those that compute."""
+
 _PART = 32 << 20
 _TURN = 1e-4
 

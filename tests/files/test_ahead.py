@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from loratool.files import ahead
+from loratool.files import ahead, libc
 from loratool.files.ahead import MADE_READY, Ahead, Behind
 
 MEMORY = Path("/dev/shm")
@@ -162,24 +162,24 @@ PART = MADE_READY // 2
 
 @pytest.mark.parametrize("address", [None, ctypes.c_void_p(-1).value], ids=["null", "failed"])
 def test_what_cannot_be_mapped_is_not_touched(monkeypatch: pytest.MonkeyPatch, address: int | None) -> None:
-    libc = Library(address)
-    monkeypatch.setattr(ahead, "_libc", lambda: libc)
+    fake = Library(address)
+    monkeypatch.setattr(ahead, "_libc", lambda: fake)
     one = Ahead(-1, 0)
     one._make(-1, 0, PART)
-    assert one._stopped and libc.called == [("mmap", PART)]
+    assert one._stopped and fake.called == [("mmap", PART)]
 
 
 @pytest.mark.parametrize("refused", [0, -1])
 def test_every_mapping_is_given_back(monkeypatch: pytest.MonkeyPatch, refused: int) -> None:
     """Whether its pages were made or not; after a refusal none follows."""
-    libc = Library(4096, refused)
-    monkeypatch.setattr(ahead, "_libc", lambda: libc)
+    fake = Library(4096, refused)
+    monkeypatch.setattr(ahead, "_libc", lambda: fake)
     one = Ahead(-1, 0)
     one._make(-1, 0, PART)
-    assert libc.called == [("mmap", PART), ("madvise", PART), ("munmap", PART)]
+    assert fake.called == [("mmap", PART), ("madvise", PART), ("munmap", PART)]
     assert one._stopped == bool(refused)
     one._make(-1, 0, PART)
-    assert len(libc.called) == (3 if refused else 6)
+    assert len(fake.called) == (3 if refused else 6)
 
 
 @pytest.mark.parametrize(("system", "found"), [("tmpfs", True), ("ext4", False), (None, False)])
@@ -212,3 +212,14 @@ def test_flushes_again_and_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         assert flushed.acquire(timeout=5)
     behind.close()
     assert not behind._thread.is_alive() and not flushed.acquire(blocking=False)
+
+
+def test_memory_is_compared_up_to_a_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the C library and without."""
+    left = bytearray(os.urandom(100_000))
+    right = bytearray(left)
+    right[-1] ^= 1
+    for _ in range(2):
+        assert libc.same(left, bytearray(left), 100_000)
+        assert libc.same(left, right, 99_999) and not libc.same(left, right, 100_000)
+        monkeypatch.setattr(libc, "libc", lambda: None)
