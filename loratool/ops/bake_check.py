@@ -129,7 +129,7 @@ def _off(samples: Sequence[_Sample], destinations: Mapping[WeightFile, Destinati
     exact = base.clone()
     at = 0
     for sample in samples:
-        adders = [adder(part, "cpu", how.norm, torch.float64) for part in sample.site.parts]
+        adders = [adder(part, "cpu", how.norm, torch.float64, few=True) for part in sample.site.parts]
         for row in sample.rows:
             for one in adders:
                 one.add(exact[at : at + 1], base[at : at + 1], row)

@@ -19,7 +19,7 @@ from loratool.files.stream import stretch
 from loratool.ops.rounding import FP8, WIDE, fresh_scale, rounded, uniform
 from loratool.ops.sites import Site
 from loratool.ops.stored import byte_range, part_of, scale_column
-from loratool.ops.updates import adder, check_parts
+from loratool.ops.updates import Adder, adder, check_parts
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,20 @@ class Work:
     """A part of a site on its way: `block` makes what its rows become, `survey` notes what survived of the update.
 
     `sums` tell how much did. `scale` is the new one of a scaled fp8 tensor, None of any other. Making this reads the
-    factors, and all rows where a fresh scale is needed.
+    factors, unless there are `adders` already, and all rows where a fresh scale is needed.
     """
 
-    def __init__(self, site: Site, ranges: Sequence[tuple[int, int]], desk: Desk, how: How) -> None:
+    def __init__(
+        self,
+        site: Site,
+        ranges: Sequence[tuple[int, int]],
+        desk: Desk,
+        how: How,
+        adders: Sequence[Adder] | None = None,
+    ) -> None:
         self._site, self._desk, self._how = site, desk, how
-        desk.work = torch.float64 if site.tensor.dtype == "F64" else torch.float32
-        self._adders = [adder(part, desk.device, how.norm, desk.work, desk.matrix) for part in site.parts]
+        desk.work = work_of(site)
+        self._adders = adders_of(site, desk, how) if adders is None else adders
         self._old = None if site.scale is None else scale_column(site.scale, desk.device)
         self._by_chance = how.rounding == "stochastic" and bool(site.parts) and site.dtype not in WIDE
         self.sums = Sums(site)
@@ -123,6 +130,16 @@ class Work:
         return rounded(total if scale is None else total / scale, site.dtype, noise)
 
 
+def work_of(site: Site) -> torch.dtype:
+    """The dtype that a site is computed in."""
+    return torch.float64 if site.tensor.dtype == "F64" else torch.float32
+
+
+def adders_of(site: Site, desk: Desk, how: How) -> list[Adder]:
+    """What is added to a site, with the factors on the desk's device."""
+    return [adder(part, desk.device, how.norm, work_of(site), desk.matrix) for part in site.parts]
+
+
 class Sums:
     """What a `Survival` is made of, one number for each block, left where it was computed until all are there."""
 
@@ -183,6 +200,7 @@ class Desk:
         self.device = device
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._rooms: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}
         self.work = torch.float32
         self._usual = usual
         self._stream: Any = None
@@ -225,11 +243,16 @@ class Desk:
         In the dtype of the computation, if none is given.
         """
         dtype = dtype or self.work
-        nbytes = math.prod(shape) * dtype.itemsize
-        if name not in self._rooms or self._rooms[name].numel() < nbytes:
-            # At once what most blocks need: memory that is given back is not given to other threads.
-            self._rooms[name] = torch.empty(max(nbytes, self._usual), dtype=torch.uint8, device=self.device)
-        return self._rooms[name][:nbytes].view(dtype).view(*shape)
+        asked = name, tuple(shape), dtype
+        view = self._views.get(asked)  # most blocks have the shape of some before
+        if view is None:
+            nbytes = math.prod(shape) * dtype.itemsize
+            if name not in self._rooms or self._rooms[name].numel() < nbytes:
+                # At once what most blocks need: memory that is given back is not given to other threads.
+                self._rooms[name] = torch.empty(max(nbytes, self._usual), dtype=torch.uint8, device=self.device)
+                self._views = {key: old for key, old in self._views.items() if key[0] != name}
+            view = self._views[asked] = self._rooms[name][:nbytes].view(dtype).view(*shape)
+        return view
 
     def matrix(self, shape: tuple[int, int]) -> Tensor:
         """Room for an update."""

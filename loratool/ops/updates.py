@@ -31,17 +31,26 @@ Room = Callable[[tuple[int, int]], Tensor]
 
 
 def adder(
-    part: Part | Fixed, device: str, norm: str, work: torch.dtype = torch.float32, room: Room | None = None
+    part: Part | Fixed,
+    device: str,
+    norm: str,
+    work: torch.dtype = torch.float32,
+    room: Room | None = None,
+    few: bool = False,
 ) -> Adder:
     """What a part of a site adds, with its factors on `device` in `work`. NaN and infinity are not looked for.
 
-    Products are made in `room`, if there is one: it must be free whenever `add` is called.
+    Products are made in `room`, if there is one: it must be free whenever `add` is called. Where only `few` rows will
+    be asked for, of the factors no more is read each time than those rows need.
     """
     if isinstance(part, Fixed):
         return _Values(part, device, work)
     if not part.module.family.additive:
         return _Sum(replace(part, strength=1.0), _Change(part, device, work))
-    update = update_of(part.module, device, work, room)
+    if few and not part.span.transposed:
+        update: Update = _Cut(part.module, device, work)
+    else:
+        update = update_of(part.module, device, work, room)
     if part.module.magnitude is None:
         return _Sum(part, update)
     return _Dora(part, update, norm, device, work)
