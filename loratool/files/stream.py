@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,8 +14,9 @@ from loratool.files.ahead import Ahead, Behind
 from loratool.files.libc import same
 from loratool.files.safetensors import FileRange, Header, header_bytes
 
-PIECE = 1 << 20
-"""What is copied or compared at once: small enough for the processor's cache."""
+PIECE = 4 << 20
+"""What is compared, or copied through memory, at once: large enough that Python's lock is seldom asked for, small
+enough for the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,13 @@ def copies(header: Header, plan: Plan, others: Sequence[str] | frozenset[str]) -
     return found
 
 
+def _copy_file_range(source: int, target: int, nbytes: int, at: int, to: int) -> int:
+    """Bytes that Linux has copied between two files; 0 elsewhere."""
+    if sys.platform != "linux":
+        return 0
+    return os.copy_file_range(source, target, nbytes, at, to)
+
+
 class Output:
     """A file that threads fill in any order. Its header is written last, when what it tells is known.
 
@@ -140,15 +149,20 @@ class Output:
         self._write(memoryview(header), 0)
 
     def copy(self, source: FileRange, what: Copy, buffers: tuple[bytearray, bytearray], verify: bool) -> None:
-        """Copies bytes of an open file, through buffers of one size.
+        """Copies bytes of an open file: by the system, where it can, else through buffers of one size.
 
         With `verify` they are read back piece by piece and compared. Raises FormatError for a difference.
         """
         ours, theirs = buffers
+        done = self._copied(source.file.fd, what)
         for part in what.parts(len(ours)):
+            through = part.target + part.nbytes > what.target + done
+            if not through and not verify:
+                continue
             piece = memoryview(ours)[: part.nbytes]
             source.file.readinto(piece, part.source)
-            self.write(piece, part.target)
+            if through:
+                self.write(piece, part.target)
             if verify:
                 self.read(memoryview(theirs)[: part.nbytes], part.target)
                 if not same(ours, theirs, part.nbytes):
@@ -157,6 +171,23 @@ class Output:
                         file=source.file.path,
                         hint="the disk may be bad: nothing was kept",
                     )
+
+    def _copied(self, fd: int, what: Copy) -> int:
+        """How many bytes of it the system has copied: it takes a third less time than two passes through memory, and
+        shares the bytes where the file system can. What it refuses, or cannot do, is left."""
+        done = 0
+        try:
+            while done < what.nbytes:
+                count = _copy_file_range(
+                    fd, self.fd, what.nbytes - done, what.source + done, self.head + what.target + done
+                )
+                if not count:
+                    break
+                done += count
+        except OSError:
+            pass  # writing it says what is wrong
+        self._behind.wrote(done)
+        return done
 
     def _write(self, data: memoryview, at: int) -> None:
         try:

@@ -13,8 +13,8 @@ from loratool.files.checkpoint import WeightFile
 from loratool.files.stream import PIECE, Copy, Output, stretch
 from loratool.ops.bake_task import FileTask
 
-COPIERS = 2 if (os.cpu_count() or 1) <= 4 else 4
-"""Threads; on few processors they would take the place of those that compute."""
+COPIERS = min(4, max(1, (os.cpu_count() or 1) // 2))
+"""Threads: on few processors more would take the place of what is imported and computed meanwhile."""
 
 _PART = 32 << 20
 _TURN = 1e-4

@@ -178,6 +178,12 @@ ssize_t pwrite64(int fd, const void *data, size_t n, off64_t at) {
     return real(fd, data, n, at);
 }
 ssize_t pwrite(int fd, const void *data, size_t n, off_t at) { return pwrite64(fd, data, n, at); }
+ssize_t copy_file_range(int from, off64_t *at, int to, off64_t *there, size_t n, unsigned flags) {
+    static ssize_t (*real)(int, off64_t *, int, off64_t *, size_t, unsigned);
+    if (!real) real = dlsym(RTLD_NEXT, "copy_file_range");
+    if (fails(n)) { errno = atoi(getenv("FAIL_WITH")); return -1; }
+    return real(from, at, to, there, n, flags);
+}
 static int flushed(int fd, const char *name) {
     int (*real)(int) = dlsym(RTLD_NEXT, name);
     if (getenv("FAIL_FLUSH")) { errno = atoi(getenv("FAIL_WITH")); return -1; }

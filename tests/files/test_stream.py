@@ -11,6 +11,7 @@ import pytest
 
 from loratool.core.errors import FormatError, LoratoolError
 from loratool.core.tensor import LazyTensor
+from loratool.files import stream
 from loratool.files.safetensors import Header, read_header
 from loratool.files.stream import Copy, Output, Plan, copies, in_data_order, plan_like, stretch
 
@@ -118,15 +119,29 @@ def test_tensors_that_are_in_no_file_have_no_stretch() -> None:
         stretch(LazyTensor.scalar(1.0, "F16"))
 
 
+@pytest.mark.parametrize("system", [0, 7, 1 << 20], ids=["by us", "by both", "by the system"])
 @pytest.mark.parametrize("place", [0, 4, 5, 24, 47])
 @pytest.mark.parametrize("size", [5, 48, 100])
-def test_one_flipped_bit_is_noticed(tmp_path: Path, place: int, size: int) -> None:
-    """In a piece of the buffer's size, and in the shorter last one."""
+def test_one_flipped_bit_is_noticed(
+    tmp_path: Path, place: int, size: int, system: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a piece of the buffer's size, and in the shorter last one; copied by the system as far as it goes, or not."""
     header = handmade(tmp_path / "a", MIXED)
     plan = plan_like(header)
     source = stretch(header.tensors["a"])
     (what,) = copies(header, plan, frozenset())
     buffers = bytearray(size), bytearray(size)
+
+    spoil = False
+
+    def copied(source: int, target: int, nbytes: int, at: int, to: int) -> int:
+        """As Linux does it, up to byte `system`, one bit wrong."""
+        data = bytearray(os.pread(source, min(nbytes, head + system - to), at)) if to < head + system else bytearray()
+        if spoil and to - head <= place < to - head + len(data):
+            data[place - (to - head)] ^= 1
+        return os.pwrite(target, data, to)
+
+    monkeypatch.setattr(stream, "_copy_file_range", copied)
 
     class Spoiled(Output):
         def write(self, data: memoryview, at: int) -> None:
@@ -139,6 +154,7 @@ def test_one_flipped_bit_is_noticed(tmp_path: Path, place: int, size: int) -> No
     head = len(plan.header({}))
     with Output(tmp_path / "b", head, plan) as output:
         output.copy(source, what, buffers, verify=True)
+    spoil = True
     with Spoiled(tmp_path / "b", head, plan) as output:
         output.copy(source, what, buffers, verify=False)
         with pytest.raises(FormatError, match="are not the same in what was written") as caught:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from loratool.core.errors import FormatError, LoratoolError
+from loratool.files import stream
 from loratool.files.safetensors import OpenFile, read_header
 from loratool.files.stream import Output, stretch
 from loratool.ops.bake_file import bake_file
@@ -208,7 +209,24 @@ def test_a_write_that_goes_wrong_in_what_is_copied_is_noticed(
     """One single bit."""
     before = tree(tmp_path)
     size = read_header(base).tensors[OTHER].nbytes
+    monkeypatch.setattr(stream, "_copy_file_range", lambda *asked: 0)
     monkeypatch.setattr(Output, "write", spoiled(OTHER, base, 1, every=size))
+    with pytest.raises(FormatError, match="not the same in what was written"):
+        bake_file(base, [Asked(str(lora))], tmp_path / "out.safetensors")
+    assert tree(tmp_path) == before
+
+
+def test_a_copy_of_the_system_that_goes_wrong_is_noticed(
+    tmp_path: Path, base: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says that all was copied, and left the last byte out."""
+    before = tree(tmp_path)
+
+    def short(source: int, target: int, nbytes: int, at: int, to: int) -> int:
+        os.pwrite(target, os.pread(source, nbytes - 1, at), to)
+        return nbytes
+
+    monkeypatch.setattr(stream, "_copy_file_range", short)
     with pytest.raises(FormatError, match="not the same in what was written"):
         bake_file(base, [Asked(str(lora))], tmp_path / "out.safetensors")
     assert tree(tmp_path) == before
