@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -67,13 +67,13 @@ class Naming(Mapping[str, tuple[Target, ...]]):
             return (text,) if text in self._table else ()
         index = self._spellings.get(separator)
         if index is None:
-            spelled = _in_one(self._table).replace(".", separator).split("\n")
+            spelled = _changed(self._table, lambda text: text.replace(".", separator))
             index = dict(zip(spelled, zip(self._table, strict=False), strict=True))
             if len(index) < len(self._table):  # names that read alike
                 found: dict[str, list[str]] = {}
-                for name, text in zip(self._table, spelled, strict=True):
-                    found.setdefault(text, []).append(name)
-                index = {text: tuple(names) for text, names in found.items()}
+                for name, alike in zip(self._table, spelled, strict=True):
+                    found.setdefault(alike, []).append(name)
+                index = {alike: tuple(names) for alike, names in found.items()}
             self._spellings[separator] = index
         return index.get(text, ())
 
@@ -82,7 +82,7 @@ class Naming(Mapping[str, tuple[Target, ...]]):
         index = self._kinds.get(separator)
         if index is None:
             index = self._kinds[separator] = {}
-            kinds = _NUMBER.sub("#", _in_one(self._table)).replace(".", separator).split("\n")
+            kinds = _changed(self._table, lambda text: _NUMBER.sub("#", text).replace(".", separator))
             for name, spelled in zip(self._table, kinds, strict=True):
                 names = index.get(spelled)
                 if names is None:
@@ -92,8 +92,10 @@ class Naming(Mapping[str, tuple[Target, ...]]):
         found = index.get(of_kind, ())
         if len(found) < 2:
             return found
-        shapes = {self._shape(name): name for name in reversed(found)}
-        return tuple(reversed(shapes.values()))
+        shapes: dict[tuple[int, ...], str] = {}
+        for name in found:
+            shapes.setdefault(self._shape(name), name)
+        return tuple(shapes.values())
 
     def _shape(self, name: str) -> tuple[int, ...]:
         first, *rest = self._table[name]
@@ -138,6 +140,7 @@ def kind(name: str) -> str:
     return _NUMBER.sub("#", name)
 
 
-def _in_one(names: Iterable[str]) -> str:
-    """All names of a table in one text, a line each: replacing in it is faster by far than in one after another."""
-    return "\n".join(names)
+def _changed(names: Collection[str], change: Callable[[str], str]) -> list[str]:
+    """`change` of each name: of all in one text, a line each, which is faster by far; else of one after another."""
+    found = change("\n".join(names)).split("\n")
+    return found if len(found) == len(names) else [change(name) for name in names]

@@ -27,13 +27,6 @@ class Flattened(Layout):
         meaning = self.suffixes.get(dot + rest)
         return (stem, *meaning) if meaning is not None and stem else None
 
-    def rewrite(self, key: str) -> str:
-        """diffusers' `--output_kohya_format` writes `..._to_k_lora.down.weight` for `..._to_k.lora_down.weight`."""
-        if key.endswith(("_lora.down.weight", "_lora.up.weight")):
-            stem, _, rest = key.rpartition("_lora.")
-            return f"{stem}.lora_{rest}"
-        return key
-
     def resolver(self, architecture: Architecture, metadata: Mapping[str, str]) -> Resolver:
         """With two underscores where the model's table does not know them; see `single_underscore`."""
         plain = super().resolver(architecture, metadata)

@@ -25,6 +25,13 @@ class Kohya(Flattened):
         prefixes = super().prefixes(architecture)
         return (*prefixes, _OFT_PREFIX) if _PREFIX in prefixes else prefixes
 
+    def rewrite(self, key: str) -> str:
+        """diffusers' `--output_kohya_format` writes `..._to_k_lora.down.weight` for `..._to_k.lora_down.weight`."""
+        if key.endswith(("_lora.down.weight", "_lora.up.weight")):
+            stem, _, rest = key.rpartition("_lora.")
+            return f"{stem}.lora_{rest}"
+        return key
+
     def resolver(self, architecture: Architecture, metadata: Mapping[str, str]) -> Resolver:
         """sd-scripts' own OFT has `oft_unet_` where everybody else has `lora_unet_`. Written is the latter."""
         usual = super().resolver(architecture, metadata)
