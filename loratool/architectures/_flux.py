@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from loratool.core.naming import Naming
@@ -36,13 +35,13 @@ class FluxTransformer(NamedTuple):
     approximator: int = 0
 
 
-@dataclass(slots=True)
 class _Tables:
-    diffusers: dict[str, tuple[Target, ...]] = field(default_factory=dict)
-    bfl: dict[str, tuple[Target, ...]] = field(default_factory=dict)
-    omi: dict[str, tuple[Target, ...]] = field(default_factory=dict)
-    xlabs: dict[str, tuple[Target, ...]] = field(default_factory=dict)
-    tensor_keys: dict[str, str] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.diffusers: dict[str, tuple[Target, ...]] = {}
+        self.bfl: dict[str, tuple[Target, ...]] = {}
+        self.omi: dict[str, tuple[Target, ...]] = {}
+        self.xlabs: dict[str, tuple[Target, ...]] = {}
+        self.tensor_keys: dict[str, str] = {}
 
 
 def transformer_namings(spec: FluxTransformer) -> dict[str, Naming]:

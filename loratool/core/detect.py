@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from loratool.core.adapter import Bundle
 from loratool.core.architecture import Architecture, Resolver, Spoken, Voice
@@ -419,10 +419,6 @@ def _ranked(pairs: Iterable[tuple[_Reading, Architecture]]) -> list[Candidate]:
     return sorted((c for c in ranked if c.resolved > 0), key=lambda c: -c.score)
 
 
-_Sizes = tuple[tuple[Any, ...], ...]
-"""The shape of an update, and those of the targets of everything that it may be of."""
-
-
 def _candidates(reading: _Reading, architecture: Architecture, floor: float = 0.0) -> list[Candidate]:
     """The reading as one architecture; none where its keys contradict each other, or its score is below `floor`."""
     layout, parsed = reading.layout, reading.keys.parsed
@@ -431,11 +427,10 @@ def _candidates(reading: _Reading, architecture: Architecture, floor: float = 0.
     written = layout.written(architecture)
     published = architecture.checkpoints[0].voices if architecture.checkpoints else {}
     total, shapes, resolve = reading.keys.total, reading.keys.shapes, reading.resolver(architecture)
-    resolved = plain = own = fitting = 0
     missing = len(parsed.unknown)
     needed = (floor - _preference(True, 1.0, True)) * total
-    alike: dict[_Sizes, tuple[Sequence[Spoken], tuple[int, ...]]] = {}
-    counts: Counter[_Sizes] = Counter()
+    alike: dict[object, tuple[Sequence[Spoken], tuple[int, ...] | None]] = {}
+    counts: dict[object, int] = {}
     for stem in parsed.groups:
         spoken = resolve(stem)
         if not spoken:
@@ -443,20 +438,25 @@ def _candidates(reading: _Reading, architecture: Architecture, floor: float = 0.
             if total - missing < needed:
                 return []
             continue
-        resolved += 1
-        plain += _is_said(spoken, written)
-        own += _is_said(spoken, published)
         shape = None if architecture.open else shapes[stem]
-        if shape is not None:
-            sizes: _Sizes = shape, *[tuple([target.shape for target in said.targets or ()]) for said in spoken]
-            alike.setdefault(sizes, (spoken, shape))
-            counts[sizes] += 1
+        # What follows is the same for all that are alike in this: it is looked at once.
+        key = shape, *[(said.component, said.voice, *[t.shape for t in said.targets or ()]) for said in spoken]
+        if key in counts:
+            counts[key] += 1
+        else:
+            counts[key], alike[key] = 1, (spoken, shape)
+    resolved = plain = own = fitting = sized = 0
     widths: dict[int, Counter[int]] = defaultdict(Counter)
-    for sizes, (spoken, shape) in alike.items():
-        best = next((said for said in spoken if said.targets and fits(said.targets, shape)), None)
-        fitting += counts[sizes] * (best is not None)
-        _note_widths(best or spoken[0], shape, widths, counts[sizes])
-    sized = sum(counts.values())
+    for one, (spoken, shape) in alike.items():
+        count = counts[one]
+        resolved += count
+        plain += count * _is_said(spoken, written)
+        own += count * _is_said(spoken, published)
+        if shape is not None:
+            best = next((said for said in spoken if said.targets and fits(said.targets, shape)), None)
+            sized += count
+            fitting += count * (best is not None)
+            _note_widths(best or spoken[0], shape, widths, count)
     agreeing = sum(counter.most_common(1)[0][1] for counter in widths.values())
     noted = sum(sum(counter.values()) for counter in widths.values())
     factors: Counter[float] = Counter()

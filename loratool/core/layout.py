@@ -34,12 +34,14 @@ def _none(architecture: Architecture) -> Voices:
     return {}
 
 
-@dataclass
 class Group:
-    """The keys of one stem: per family, role -> key (as in the file); roles shared by all families apart."""
+    """The keys of one stem: `by_family`, role -> key (as in the file); roles `shared` by all families apart."""
 
-    by_family: dict[str, dict[str, str]] = field(default_factory=dict)
-    shared: dict[str, str] = field(default_factory=dict)
+    __slots__ = ("by_family", "shared")
+
+    def __init__(self) -> None:
+        self.by_family: dict[str, dict[str, str]] = {}
+        self.shared: dict[str, str] = {}
 
     @property
     def keys(self) -> list[str]:

@@ -119,7 +119,7 @@ def describe(opened: Opened, keys: bool = False) -> Info:
     runner = opened.detection.runner_up
     close = runner is not None and (best.architecture.open or runner.score > best.score - NEAR)
     metadata = adapter.metadata
-    standard = sum(fits(module.targets, module.shape) for module in adapter.modules)
+    standard = sum([fits(module.targets, module.shape) for module in adapter.modules])
     components = {component: _component(adapter.of(component)) for component in adapter.components}
     return Info(
         path=adapter.path,
@@ -171,13 +171,15 @@ def _module(module: Module) -> ModuleInfo:
 
 
 def _component(modules: Sequence[Module]) -> ComponentInfo:
+    ranks = Counter([module.rank for module in modules])
+    del ranks[0]
     return ComponentInfo(
         modules=len(modules),
-        parameters=sum(module.parameters for module in modules),
-        ranks=dict(Counter(module.rank for module in modules if module.rank).most_common()),
+        parameters=sum([module.parameters for module in modules]),
+        ranks=dict(ranks.most_common()),
         alphas=_alphas(modules),
-        blocks=dict(Counter(block_of(module) for module in modules)),
-        families=dict(Counter(module.family.id for module in modules)),
+        blocks=dict(Counter([block_of(module) for module in modules])),
+        families=dict(Counter([module.family.id for module in modules])),
     )
 
 
@@ -192,9 +194,10 @@ def _total(counts: Iterable[Mapping[_Counted, int]]) -> dict[_Counted, int]:
 def block_of(module: Module) -> str:
     """The block a module belongs to: its path up to the first number, or its first part (all of a UNet's middle)."""
     path = module.targets[0].module_path
-    flattened = re.match(r"(.*?)_(\d+)_", path) if "." not in path else None
-    if flattened is not None:
-        return f"{flattened[1]}.{flattened[2]}"
+    if "." not in path:
+        flattened = re.match(r"(.*?)_(\d+)_", path)
+        if flattened is not None:
+            return f"{flattened[1]}.{flattened[2]}"
     parts = path.split(".")
     if parts[0].startswith("mid"):
         return parts[0]
@@ -205,8 +208,11 @@ def block_of(module: Module) -> str:
 
 
 def _alphas(modules: Sequence[Module]) -> dict[str, int]:
-    counted = Counter("none" if module.alpha is None else f"{module.alpha:g}" for module in modules)
-    return dict(counted.most_common())
+    counted = Counter([module.alpha for module in modules])
+    told: Counter[str] = Counter()
+    for alpha, count in counted.items():
+        told["none" if alpha is None else f"{alpha:g}"] += count
+    return dict(told.most_common())
 
 
 def _written_by(metadata: Mapping[str, str], sides: Mapping[str, str]) -> str | None:
