@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -18,7 +15,7 @@ from loratool.files.checkpoint import WeightFile
 from loratool.files.stream import stretch
 from loratool.ops.bake_work import How
 from loratool.ops.baking import Destination
-from loratool.ops.pool import alone
+from loratool.ops.pool import each
 from loratool.ops.rounding import FP8, largest, ulp
 from loratool.ops.sites import Site
 from loratool.ops.stored import scale_column, size_of
@@ -27,10 +24,8 @@ from loratool.ops.updates import adder
 ROWS = 2
 """Rows of every tensor, one below the other, that are computed anew: two in one place take as long as one."""
 
-_CHECKERS = 2
-
 _BATCH = 16
-"""Tensors of one width that are looked at together: small steps of Python for each would hold up everything else."""
+"""Tensors of one width that are looked at together: each step of Python for one alone would take as long."""
 
 _WORK = 1e-5
 """What float32 may be off, relative to the largest value of a row: sums of some hundred products, and one DoRA norm."""
@@ -54,55 +49,30 @@ class NotWritten(LoratoolError):
     """What was written is not what was computed."""
 
 
-class RowCheck:
-    """Computes random rows of sites in float64, each as soon as it is written, in a few threads of its own.
+def check_rows(
+    sites: Sequence[Site], destinations: Mapping[WeightFile, Destination], how: How, tick: Callable[[int], None]
+) -> Checked:
+    """Random rows of all sites, computed anew; `tick` is called with 1 for each site. Nothing untouched is looked at.
 
-    `tick` is called with 1 for each. Leaving the block ends the threads, also if not all is done.
+    When all is written: beside the baking each small step of this would wait for its turn. Raises NotWritten for a
+    value that is farther off than one rounding of a float32 result explains.
     """
-
-    def __init__(self, destinations: Mapping[WeightFile, Destination], how: How, tick: Callable[[int], None]) -> None:
-        self._destinations, self._how, self._tick = destinations, how, tick
-        self._chance = random.Random()
-        self._pool = ThreadPoolExecutor(_CHECKERS, "loratool-check", initializer=alone)
-        self._waiting: dict[object, list[_Sample]] = {}
-        self._lock = threading.Lock()
-        self._futures: list[Future[tuple[int, int, float]]] = []
-
-    def __enter__(self) -> RowCheck:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def written(self, site: Site) -> None:
-        """Looks at a site, which is written, as soon as there are some of its kind."""
+    chance = random.Random()
+    alike: dict[object, list[_Sample]] = {}
+    for site in sites:
         height = size_of(site.tensor)[0] if site.tensor.numel else 0
-        first = self._chance.randrange(max(1, height - ROWS + 1))
-        sample = _Sample(site, range(first, min(first + ROWS, height)))
-        with self._lock:
-            alike = self._waiting.setdefault((site.tensor.dtype, site.dtype, size_of(site.tensor)[1]), [])
-            alike.append(sample)
-            if len(alike) < _BATCH:
-                return
-            batch = list(alike)
-            alike.clear()
-        self._futures.append(self._pool.submit(self._look, batch))
+        first = chance.randrange(max(1, height - ROWS + 1))
+        kind = site.tensor.dtype, site.dtype, size_of(site.tensor)[1]
+        alike.setdefault(kind, []).append(_Sample(site, range(first, min(first + ROWS, height))))
 
-    def result(self, compared: int) -> Checked:
-        """What was found, when all is done. Raises NotWritten for a value that is farther off than one rounding of a
-        float32 result explains."""
-        rest = [batch for batch in self._waiting.values() if batch]
-        found = [future.result() for future in [*self._futures, *(self._pool.submit(self._look, one) for one in rest)]]
-        worst = max((off for _, _, off in found), default=0.0)
-        return Checked(compared, sum(sites for sites, _, _ in found), sum(rows for _, rows, _ in found), worst)
-
-    def _look(self, batch: Sequence[_Sample]) -> tuple[int, int, float]:
+    def look(batch: Sequence[_Sample]) -> tuple[int, float]:
         samples = [sample for sample in batch if sample.rows]
-        off = _off(samples, self._destinations, self._how) if samples else 0.0
-        self._tick(len(batch))
-        return len(batch), sum(len(sample.rows) for sample in samples), off
+        off = _off(samples, destinations, how) if samples else 0.0
+        tick(len(batch))
+        return sum(len(sample.rows) for sample in samples), off
+
+    found = each(look, [some[at : at + _BATCH] for some in alike.values() for at in range(0, len(some), _BATCH)])
+    return Checked(0, len(sites), sum(rows for rows, _ in found), max((off for _, off in found), default=0.0))
 
 
 @dataclass(frozen=True, eq=False)

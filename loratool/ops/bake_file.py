@@ -149,14 +149,12 @@ class _Bake:
             how = bake_work.How(self.options.rounding, self.options.seed, self.options.dora_norm)
             recorder, undone = self._recording(how, bases)
             bakery = baking.Bakery(destinations, self.options.devices, how, written, recorder=recorder)
+            survivals = bakery.run(sites)
+            copier.wait()
             checked = None
-            with bake_check.RowCheck(destinations, how, Ticker(self.progress, "verifying", len(sites))) as check:
-                if verify:
-                    bakery.done = check.written
-                survivals = bakery.run(sites)
-                copier.wait()
-                if verify:
-                    checked = check.result(copier.compared)
+            if verify:
+                tick = Ticker(self.progress, "verifying", len(sites))
+                checked = replace(bake_check.check_rows(sites, destinations, how, tick), bytes=copier.compared)
         return survivals, checked, undone
 
     @contextmanager

@@ -7,7 +7,6 @@ as each of the small steps of a block holds Python's lock.
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -59,26 +58,18 @@ class Job:
 
 @dataclass(eq=False)
 class Bakery:
-    """Bakes sites into their files. `tick` is called with the bytes that were written, `done` with every finished site.
-
-    Both are called from several threads.
-    """
+    """Bakes sites into their files. `tick` is called with the bytes that were written, from several threads."""
 
     destinations: Mapping[WeightFile, Destination]
     devices: Sequence[str]
     how: How
     tick: Callable[[int], None]
-    done: Callable[[Site], None] | None = None
     recorder: Recorder | None = None
-    _left: Counter[int] = field(default_factory=Counter)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
     _local: threading.local = field(default_factory=threading.local)
 
     def run(self, sites: Sequence[Site]) -> list[Survival]:
         """Bakes all sites, and says how much of each update survived."""
         jobs = self._dealt(sites)
-        for job in jobs:
-            self._left[job.index] += len(job.ranges)
         found = [Survival() for _ in sites]
         for job, survival in zip(jobs, self._baked(jobs), strict=True):
             found[job.index].add(survival)
@@ -141,16 +132,11 @@ class Bakery:
             self.tick(made.nbytes)
 
     def write(self, job: Job, start: int, data: memoryview) -> None:
-        """Writes what rows from `start` on became. Tells of the site with its last block."""
+        """Writes what rows from `start` on became."""
         to, site = self.destinations[job.site.file], job.site
         _, columns = size_of(site.tensor)
         to.output.write(data, to.plan.start(site.key) + start * columns * DTYPES[site.dtype] // 8)
         self.tick(data.nbytes)
-        with self._lock:
-            self._left[job.index] -= 1
-            last = not self._left[job.index]
-        if last and self.done is not None:
-            self.done(site)
 
     def _desk(self, device: str) -> Desk:
         desks: dict[str, Desk] = self._local.__dict__.setdefault("desks", {})
