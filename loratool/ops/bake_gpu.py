@@ -117,7 +117,8 @@ class Line:
             done.record()
             used.append((done, adders))
             while used and (len(used) > _PREPARED or used[0][0].query()):
-                used.popleft()[0].synchronize()
+                used[0][0].synchronize()
+                used.popleft()
         torch.cuda.current_stream(self._device).synchronize()
         return found
 
