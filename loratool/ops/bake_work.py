@@ -19,7 +19,7 @@ from loratool.files.stream import stretch
 from loratool.ops.rounding import FP8, WIDE, fresh_scale, rounded, uniform
 from loratool.ops.sites import Site
 from loratool.ops.stored import byte_range, part_of, scale_column
-from loratool.ops.updates import Adder, adder, check_parts
+from loratool.ops.updates import Adder, adder, alone, check_parts
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Work:
         self._by_chance = how.rounding == "stochastic" and bool(site.parts) and site.dtype not in WIDE
         self.sums = Sums(site)
         self._row = 0
+        self._update: Tensor | None = None
         self.scale = self._fresh_scale(ranges)
 
     def block(self, stored: Tensor, row: int) -> Tensor:
@@ -88,7 +89,7 @@ class Work:
         after = self._desk.room("after", total.shape).copy_(written)
         if self.scale is not None:
             after.mul_(part_of(self.scale, self._row, len(after)))
-        self.sums.add(total.sub_(base), after.sub_(base))
+        self.sums.add(total.sub_(base) if self._update is None else self._update, after.sub_(base))
 
     def _fresh_scale(self, ranges: Sequence[tuple[int, int]]) -> Tensor | None:
         """The scale of the output: that at which its largest value is the largest fp8 number; 1 where it is no fp8."""
@@ -112,7 +113,12 @@ class Work:
         base = self._desk.room("base", stored.shape).copy_(stored)
         if self._old is not None:
             base.mul_(part_of(self._old, row, len(stored)))
-        total = self._desk.room("total", stored.shape).copy_(base)
+        total = self._desk.room("total", stored.shape)
+        self._update = alone(self._adders, row, len(stored))
+        if self._update is not None:  # the same bits, and two steps less
+            torch.add(base, self._update, out=total)
+            return base, total
+        total.copy_(base)
         for one in self._adders:
             one.add(total, base, row)
         return base, total
@@ -150,7 +156,7 @@ class Sums:
 
     def add(self, update: Tensor, change: Tensor) -> None:
         """Adds a block: what was to be added, and what was."""
-        flat = update.view(-1)
+        flat = update.reshape(-1)
         self.along.append(torch.dot(change.view(-1), flat))
         self.square.append(torch.dot(flat, flat))
 

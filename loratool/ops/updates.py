@@ -224,13 +224,30 @@ class _Sum:
         self._part, self._update = part, update
 
     def add(self, total: Tensor, base: Tensor, row: int) -> None:
-        part = self._part
-        found = block_of(part, self._update, row, len(total))
+        found = self._made(row, len(total))
         if found is not None:
             update, here = found
-            if part.strength != 1:
-                update = update.mul_(part.strength)
-            total[here].add_(update.T if part.span.transposed else update)
+            total[here].add_(update.T if self._part.span.transposed else update)
+
+    def whole(self, row: int, height: int) -> Tensor | None:
+        """What is added to rows of the stored tensor, if it is something to all of them, in the tensor's own shape."""
+        part = self._part
+        if part.span.transposed or row < part.first or row + height > part.last:
+            return None
+        found = self._made(row, height)
+        return None if found is None else found[0]
+
+    def _made(self, row: int, height: int) -> tuple[Tensor, tuple[slice, slice]] | None:
+        found = block_of(self._part, self._update, row, height)
+        if found is not None and self._part.strength != 1:
+            found[0].mul_(self._part.strength)
+        return found
+
+
+def alone(adders: Sequence[Adder], row: int, height: int) -> Tensor | None:
+    """The update of stored rows, if one sum is all that is added to them; it holds until the next is made."""
+    only = adders[0] if len(adders) == 1 else None
+    return only.whole(row, height) if isinstance(only, _Sum) else None
 
 
 def block_of(part: Part, update: Update, row: int, height: int) -> tuple[Tensor, tuple[slice, slice]] | None:
