@@ -193,10 +193,11 @@ def in_turns(
     commands: Mapping[str, Sequence[str]], times: int, between: Callable[[], None] = lambda: None
 ) -> dict[str, Runs]:
     """Runs the commands in turns, `times` each, after one round that is not counted: what else the machine does hits
-    all of them alike. `between` runs before each process, unmeasured."""
+    all of them alike. Every other round goes backwards, so that none always comes behind the same one. `between` runs
+    before each process, unmeasured."""
     found: dict[str, list[Run]] = {name: [] for name in commands}
     for turn in range(times + 1):
-        for name, command in commands.items():
+        for name, command in list(commands.items())[:: -1 if turn % 2 else 1]:
             between()
             one = run(command)
             if turn:
