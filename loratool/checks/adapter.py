@@ -208,8 +208,8 @@ def _names(content: Content) -> Iterator[Finding]:
         runner = reading.detection.runner_up
         near = f"; nearest: {runner.architecture.title}, {runner.resolved:.0%} of the names" if runner else ""
         yield CHECK.finding("unknown-model", f"no known model has these names{near}", content.path)
-    strangers = [s for s in reading.groups if not best.layout.resolve(s, best.architecture, content.bundle.metadata)]
-    for stem in strangers:
+    resolve = best.layout.resolver(best.architecture, content.bundle.metadata)
+    for stem in [stem for stem in reading.groups if not resolve(stem)]:
         key = reading.groups[stem].keys[0]
         yield CHECK.finding(*_stranger(content, stem, best.architecture), key=stem, byte=byte_of(content, key))
     taken: dict[tuple[str, str], str] = {}

@@ -372,9 +372,9 @@ class Layout:
 
     def ambiguous(self, adapter: Adapter, voices: Mapping[str, Voice]) -> bool:
         """Whether the keys of an adapter's one component might be read as another component's."""
+        resolve = self.resolver(adapter.architecture, {})
         for module in adapter.modules:
-            stem = self.stem(module, adapter.architecture, voices)
-            spoken = self.resolve(stem, adapter.architecture, {})
+            spoken = resolve(self.stem(module, adapter.architecture, voices))
             if adapter.architecture.open:
                 spoken = spoken[:1]  # without a table nothing but the order decides
             if any(said.component != module.component for said in spoken):

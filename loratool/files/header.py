@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
@@ -146,6 +146,16 @@ class _Value(NamedTuple):
     content: Any = None
 
 
+def _times(bits: int, shape: Sequence[int]) -> int | None:
+    """Bits of a tensor, from those of an element; None for more than fit 64 bits."""
+    for size in shape:
+        bits *= size
+        # Step by step: a zero later does not undo an overflow.
+        if bits > MAX_U64 or size > MAX_U64:
+            return None
+    return bits
+
+
 class _Reader:
     """Goes through the bytes of one header."""
 
@@ -225,14 +235,10 @@ class _Reader:
     def sized(self, dtype: bytes, shape: bytes) -> tuple[str, tuple[int, ...], int | None]:
         """dtype, shape and bytes (None where something is wrong) of a spelling, which most tensors share."""
         code, sizes = dtype.decode(), tuple(map(int, shape.split(b","))) if shape else ()
-        bits = DTYPES.get(code, 1)
-        for size in sizes:
-            bits *= size
-            if bits > MAX_U64 or size > MAX_U64:
-                return code, sizes, None
+        bits = _times(DTYPES[code], sizes) if code in DTYPES else None
         if len(self.spelled) >= _SPELLED:
             self.spelled.clear()
-        said = self.spelled[dtype, shape] = code, sizes, None if bits % 8 or code not in DTYPES else bits // 8
+        said = self.spelled[dtype, shape] = code, sizes, None if bits is None or bits % 8 else bits // 8
         return said
 
     def note(self, key: str, byte: int, entry: Entry | None) -> None:
@@ -345,13 +351,11 @@ class _Reader:
         if bits is None:
             self.unknown_dtype(key, at, short(dtype))
             return None
-        for size in shape:
-            bits *= size
-            # Step by step: a zero later does not undo an overflow.
-            if bits > MAX_U64 or size > MAX_U64:
-                text = short(list(shape))
-                self.fault("shape-overflow", at, f"has shape {text}: more bits than fit 64 bits", key)
-                return None
+        bits = _times(bits, shape)
+        if bits is None:
+            text = short(list(shape))
+            self.fault("shape-overflow", at, f"has shape {text}: more bits than fit 64 bits", key)
+            return None
         if not start <= stop <= MAX_U64:
             message = f"has data_offsets {short([start, stop])}, expected [begin, end]"
             self.fault("bad-offsets", at, message, key)

@@ -45,8 +45,8 @@ def summary(cuts: Sequence[Cut], component: str = "") -> Summary:
     return Summary(
         component=component,
         modules=len(cuts),
-        ranks_before=_spread([cut.rank_before for cut in cuts]),
-        ranks_after=_spread([cut.rank_after for cut in cuts]),
+        ranks_before=spread([cut.rank_before for cut in cuts]),
+        ranks_after=spread([cut.rank_after for cut in cuts]),
         energy=1 - error * error,
         error=error,
         bytes_before=sum(cut.bytes_before for cut in cuts),
@@ -55,7 +55,8 @@ def summary(cuts: Sequence[Cut], component: str = "") -> Summary:
     )
 
 
-def _spread(ranks: Sequence[int]) -> tuple[int, int, int]:
+def spread(ranks: Sequence[int]) -> tuple[int, int, int]:
+    """The least, the median and the most."""
     return min(ranks), median_low(ranks), max(ranks)
 
 

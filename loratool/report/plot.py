@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
 from loratool.core.errors import LoratoolError, UsageError
@@ -18,7 +17,7 @@ from loratool.files.atomic import atomic_write
 from loratool.files.bundle import check_output
 from loratool.ops.resize import Cut
 from loratool.ops.resize_file import ResizeReport
-from loratool.ops.summary import Curve, curve
+from loratool.ops.summary import Curve, curve, spread
 from loratool.report.inert import inert
 from loratool.report.units import plural, size
 
@@ -135,8 +134,7 @@ def _panels(report: ResizeReport) -> Iterator[tuple[str, Sequence[int]]]:
 
 
 def _cut(cuts: Sequence[Cut], places: Sequence[int]) -> tuple[int, int, int]:
-    ranks = [cuts[place].rank_after for place in places]
-    return min(ranks), median_low(ranks), max(ranks)
+    return spread([cuts[place].rank_after for place in places])
 
 
 def _panel(axis: Axes, title: str, found: Curve, ranks: Sequence[tuple[int, int, int]]) -> None:
