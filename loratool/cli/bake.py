@@ -117,7 +117,7 @@ def bake(
     from loratool.ops.bake_file import bake_file
     from loratool.ops.bake_task import Options
     from loratool.ops.convert import dtype_code
-    from loratool.ops.devices import devices_named
+    from loratool.ops.devices import devices_asked
     from loratool.report import bake as report
     from loratool.report.progress import progress as bars
 
@@ -131,7 +131,7 @@ def bake(
             rounding=_one_of("--rounding", rounding, ("nearest", "stochastic")),
             seed=seed,
             dora_norm=_one_of("--dora-norm", dora_norm, ("paper", "comfyui")),
-            devices=tuple(devices_named(device)),
+            devices=tuple(devices_asked(device)),
             verify=verify,
             allow_unmatched=allow_unmatched,
             overwrite=overwrite,

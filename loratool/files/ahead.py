@@ -6,58 +6,79 @@ Both need no more than an open file, and whatever they cannot do is done by the 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from loratool.files.libc import libc as _libc
 
-MADE_READY = 16 << 20
-"""Bytes whose pages one thread makes ready at once; they count as this process's memory meanwhile."""
-
 FLUSHED = 256 << 20
 """Bytes that are written before the disk is told to begin."""
 
-_THREADS = 4
 _FEW_CPUS = 4
 _PROT, _MAP_SHARED, _POPULATE_WRITE = 3, 1, 23
 
 
 class Ahead:
-    """Has the pages of an empty file in memory (tmpfs) made by several threads.
+    """Makes the pages of an empty file in memory (tmpfs) before something is written to them.
 
-    The system lets one thread at a time write to a file, and making pages is most of that work there. The pages are
-    never touched through the mapping, so that a full file system is an error of the writing and no SIGBUS. Does nothing
-    on other file systems and on few processors.
+    The system lets one thread at a time write to a file, and making pages is most of that work there. At first their
+    space is only reserved, which is the least work, and does not keep others of this process from mapping memory, as an
+    import does. After `hurry`, pages are made and filled by many threads through a mapping. Does nothing on other file
+    systems. What the system refuses once is not asked for again.
+
+    `fills` says whether bytes are best filled in place.
     """
 
-    def __init__(self, fd: int, nbytes: int) -> None:
-        self._stopped = False
-        self._pool: ThreadPoolExecutor | None = None
-        if nbytes < MADE_READY or (os.cpu_count() or 1) <= _FEW_CPUS or not _in_memory(fd):
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._useful = _in_memory(fd)
+        self.fills = False
+
+    def hurry(self) -> None:
+        """From now on many threads make pages at the same time, if there are processors for them."""
+        self.fills = self._useful and (os.cpu_count() or 1) > _FEW_CPUS and _libc() is not None
+
+    def make(self, at: int, nbytes: int) -> None:
+        """Makes the pages of so many bytes from byte `at` of the file on."""
+        if self.fills:
+            with self.opened(at, nbytes):
+                pass
+        elif self._useful:
+            try:
+                os.posix_fallocate(self._fd, at, nbytes)
+            except OSError:
+                self._useful = False
+
+    @contextmanager
+    def opened(self, at: int, nbytes: int) -> Iterator[memoryview | None]:
+        """Bytes of the file in place, to be filled within the block; None where they have to be written.
+
+        Their pages are there, so that a full file system is an error of the writing and no SIGBUS. They count as this
+        process's memory meanwhile.
+        """
+        if not self.fills:
+            yield None
             return
-        self._pool = ThreadPoolExecutor(_THREADS, "loratool-pages")
-        for at in range(0, nbytes, MADE_READY):
-            self._pool.submit(self._make, fd, at, min(MADE_READY, nbytes - at))
-
-    def close(self) -> None:
-        """Ends the threads."""
-        self._stopped = True
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-    def _make(self, fd: int, at: int, nbytes: int) -> None:
         libc = _libc()
-        if self._stopped or libc is None:
-            return
-        address = libc.mmap(None, nbytes, _PROT, _MAP_SHARED, fd, at)
+        skipped = at % mmap.ALLOCATIONGRANULARITY
+        size = skipped + nbytes
+        address = libc.mmap(None, size, _PROT, _MAP_SHARED, self._fd, at - skipped)
         if address in (None, ctypes.c_void_p(-1).value):
-            self._stopped = True
+            self.fills = self._useful = False
+            yield None
             return
-        if libc.madvise(address, nbytes, _POPULATE_WRITE):  # an older kernel, or no room
-            self._stopped = True
-        libc.munmap(address, nbytes)
+        try:
+            if libc.madvise(address, size, _POPULATE_WRITE):  # an older kernel, or no room
+                self.fills = self._useful = False
+                yield None
+            else:
+                yield memoryview((ctypes.c_char * nbytes).from_address(address + skipped)).cast("B")
+        finally:
+            libc.munmap(address, size)
 
 
 class Behind:

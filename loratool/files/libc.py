@@ -22,7 +22,7 @@ def libc() -> Any:
     return found
 
 
-def same(left: bytearray, right: bytearray, nbytes: int) -> bool:
+def same(left: bytearray | memoryview, right: bytearray | memoryview, nbytes: int) -> bool:
     """Whether the first `nbytes` of both are the same; other threads go on meanwhile."""
     system = libc()
     if system is None:

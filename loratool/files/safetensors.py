@@ -24,6 +24,7 @@ EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855
 LEGACY_HASH = "sshs_legacy_hash"
 
 _LENGTH = LENGTH
+_ALIGNED, _PAGE = 8, 4096
 # Pieces below this are gathered, so that a thousand alphas are one write and one step of the hash.
 _GATHER = 1 << 20
 # sd-scripts' legacy hash covers this stretch of the file.
@@ -311,23 +312,37 @@ def _entry_json(name: str, dtype: str, shape: Sequence[int], start: int) -> str:
     return f'{_quoted(name)}:{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{start},{stop}]}}'
 
 
-def header_bytes(entries: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
+def header_bytes(
+    entries: Mapping[str, tuple[str, Sequence[int], int]],
+    metadata: Mapping[str, str],
+    beside: int | None = None,
+    least: int = 0,
+) -> bytes:
     """Length and header of a file whose tensors (name -> dtype, shape, first byte in the data) have any order.
 
-    Raises LoratoolError for what the format cannot hold.
+    With `beside`, the first byte of the data of another file, these begin at the same place within a page: bytes that
+    are copied from there are copied twice as fast, or shared by a file system that can. As long as `least`, if that was
+    the length of another header beside the same file. Raises LoratoolError for what the format cannot hold.
     """
     text = ",".join(_entry_json(name, *entry) for name, entry in entries.items())
-    return _header_json(text, dict(metadata) or None)
+    step, after = (_ALIGNED, _LENGTH) if beside is None or beside % _ALIGNED else (_PAGE, beside)
+    return _header_json(text, dict(metadata) or None, step, max(after, least))
 
 
-def _header_json(entries: str, metadata: Mapping[str, str] | None) -> bytes:
-    """Length and header as they stand in the file; `metadata` None leaves `__metadata__` out, `{}` does not."""
+def _header_json(
+    entries: str, metadata: Mapping[str, str] | None, step: int = _ALIGNED, beside: int = _LENGTH
+) -> bytes:
+    """Length and header as they stand in the file; `metadata` None leaves `__metadata__` out, `{}` does not.
+
+    They end at `beside`, or so many times `step` behind it.
+    """
     parts = [entries] if entries else []
     if metadata is not None:
         pairs = ",".join(f"{_quoted(name)}:{_quoted(value)}" for name, value in metadata.items())
         parts.insert(0, f'"{METADATA}":{{{pairs}}}')
     text = f"{{{','.join(parts)}}}".encode()
-    text += b" " * (-len(text) % 8)
+    missing = beside - _LENGTH - len(text)
+    text += b" " * (missing if missing > 0 else missing % step)
     if len(text) > MAX_HEADER:
         raise LoratoolError(
             f"the header would have {len(text)} bytes, at most {MAX_HEADER} are allowed", hint="drop metadata"

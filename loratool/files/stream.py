@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -26,9 +27,10 @@ class Plan:
     entries: Mapping[str, tuple[str, tuple[int, ...], int]]
     nbytes: int
 
-    def header(self, metadata: Mapping[str, str]) -> bytes:
-        """Length and header as they stand in the file."""
-        return header_bytes(self.entries, metadata)
+    def header(self, metadata: Mapping[str, str], beside: int | None = None, least: int = 0) -> bytes:
+        """Length and header as they stand in the file; `beside` is the first byte of the data of that copied from,
+        `least` what a header before this one took."""
+        return header_bytes(self.entries, metadata, beside, least)
 
     def start(self, name: str) -> int:
         """The first byte of a tensor in the data."""
@@ -114,7 +116,7 @@ class Output:
                 raise
         except OSError as error:
             raise self._failed(error) from error
-        self._ahead, self._behind = Ahead(self.fd, head + plan.nbytes), Behind(self.fd)
+        self._ahead, self._behind = Ahead(self.fd), Behind(self.fd)
 
     def __enter__(self) -> Output:
         return self
@@ -122,9 +124,16 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ahead.close()
         self._behind.close()
         os.close(self.fd)
+
+    def hurry(self) -> None:
+        """From now on it may take all processors to make ready and to copy."""
+        self._ahead.hurry()
+
+    def make_ready(self, at: int, nbytes: int) -> None:
+        """Makes it faster to write so many bytes of the data region from byte `at` of it on, where that is possible."""
+        self._ahead.make(self.head + at, nbytes)
 
     def write(self, data: memoryview, at: int) -> None:
         """Writes bytes of the data region from byte `at` of it on."""
@@ -149,28 +158,35 @@ class Output:
         self._write(memoryview(header), 0)
 
     def copy(self, source: FileRange, what: Copy, buffers: tuple[bytearray, bytearray], verify: bool) -> None:
-        """Copies bytes of an open file: by the system, where it can, else through buffers of one size.
+        """Copies bytes of an open file: in place or by the system, where it can, else through buffers of one size.
 
         With `verify` they are read back piece by piece and compared. Raises FormatError for a difference.
         """
-        ours, theirs = buffers
-        done = self._copied(source.file.fd, what)
-        for part in what.parts(len(ours)):
-            through = part.target + part.nbytes > what.target + done
-            if not through and not verify:
-                continue
-            piece = memoryview(ours)[: part.nbytes]
-            source.file.readinto(piece, part.source)
-            if through:
-                self.write(piece, part.target)
-            if verify:
-                self.read(memoryview(theirs)[: part.nbytes], part.target)
-                if not same(ours, theirs, part.nbytes):
-                    raise FormatError(
-                        f"bytes {part.source} to {part.source + part.nbytes} are not the same in what was written",
-                        file=source.file.path,
-                        hint="the disk may be bad: nothing was kept",
-                    )
+        done = 0 if self._ahead.fills else self._copied(source.file.fd, what)
+        for part in what.parts(len(buffers[0])):
+            lacking = part.target + part.nbytes > what.target + done
+            with self._ahead.opened(self.head + part.target, part.nbytes) if lacking else nullcontext() as place:
+                ours, theirs = (memoryview(room)[: part.nbytes] for room in buffers)
+                if lacking:
+                    source.file.readinto(ours if place is None else place, part.source)
+                    if place is None:
+                        self.write(ours, part.target)
+                if verify:
+                    self._compare(source, part, ours, theirs, place)
+
+    def _compare(
+        self, source: FileRange, part: Copy, ours: memoryview, theirs: memoryview, place: memoryview | None
+    ) -> None:
+        """Reads the bytes anew, and what is in the new file, unless its `place` is there to be seen."""
+        source.file.readinto(ours, part.source)
+        if place is None:
+            self.read(theirs, part.target)
+        if not same(ours, theirs if place is None else place, part.nbytes):
+            raise FormatError(
+                f"bytes {part.source} to {part.source + part.nbytes} are not the same in what was written",
+                file=source.file.path,
+                hint="the disk may be bad: nothing was kept",
+            )
 
     def _copied(self, fd: int, what: Copy) -> int:
         """How many bytes of it the system has copied: it takes a third less time than two passes through memory, and

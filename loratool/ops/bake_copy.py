@@ -1,4 +1,7 @@
-"""Copying what a bake does not change, in the background, compared with the base. Needs no torch."""
+"""Copying what a bake does not change, in the background, compared with the base, and making ready what it writes.
+
+Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,11 @@ from loratool.files.checkpoint import WeightFile
 from loratool.files.stream import PIECE, Copy, Output, stretch
 from loratool.ops.bake_task import FileTask
 
-COPIERS = min(4, max(1, (os.cpu_count() or 1) // 2))
+COPIERS = min(8, max(1, (os.cpu_count() or 1) // 2))
 """Threads: on few processors more would take the place of what is imported and computed meanwhile."""
 
 _PART = 32 << 20
+_READY = 8 << 20
 _TURN = 1e-4
 
 Tick = Callable[[int], None]
@@ -38,9 +42,10 @@ class Copier:
         # Threads that read and write all the time get their turn soon, also beside one that computes in Python.
         self._before = sys.getswitchinterval()
         sys.setswitchinterval(_TURN)
-        parts = [(one.file, part) for one in files for what in one.copies for part in what.parts(_PART)]
-        self._futures: list[Future[None]] = [self._pool.submit(self._copy, *part) for part in parts]
-        self.compared = sum(part.nbytes for _, part in parts) if verify else 0
+        self._futures: list[Future[None]] = []
+        for one in files:
+            self._begin(one)
+        self.compared = sum(what.nbytes for one in files for what in one.copies) if verify else 0
 
     def __enter__(self) -> Copier:
         return self
@@ -51,10 +56,24 @@ class Copier:
         sys.setswitchinterval(self._before)
         self._pool.shutdown(cancel_futures=True)
 
+    def hurry(self) -> None:
+        """Nothing is imported any more: what is left may take all processors."""
+        for output in self._outputs.values():
+            output.hurry()
+
     def wait(self) -> None:
         """Waits for everything. Raises FormatError where the output does not hold the same bytes."""
         for future in self._futures:
             future.result()
+
+    def _begin(self, one: FileTask) -> None:
+        """From the file's front to its end, as it is baked: copies what stays, and has the rest made ready."""
+        output, at = self._outputs[one.file], 0
+        for what in (*one.copies, Copy(0, one.plan.nbytes, 0)):
+            for start in range(at, what.target, _READY):
+                self._futures.append(self._pool.submit(output.make_ready, start, min(_READY, what.target - start)))
+            self._futures += [self._pool.submit(self._copy, one.file, part) for part in what.parts(_PART)]
+            at = what.target + what.nbytes
 
     def _copy(self, file: WeightFile, what: Copy) -> None:
         if not hasattr(self._buffers, "pair"):

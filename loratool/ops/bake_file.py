@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratool.core.architecture import Architecture
 from loratool.core.errors import UsageError
@@ -25,6 +25,7 @@ from loratool.ops.bake_format import write_respelled
 from loratool.ops.bake_report import BakeReport, bake_report
 from loratool.ops.bake_task import FileTask, Options, Task, planned_size, prepared, record, with_record
 from loratool.ops.bake_write import Progress, Ticker, scratch_places, size_of, temporary_places
+from loratool.ops.devices import devices_named, wake
 from loratool.ops.inputs import Asked
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def bake_file(
     if output is not None and options.format is not None:  # only now is known whether it is a folder
         check_output(output, paths, os.path.isdir(base) and task.target is None, options.overwrite)
     if output is None:
+        options = replace(options, devices=devices_named(",".join(options.devices)))
         report = bake_report(task, asked, hashes(), options, None)
         return replace(report, size=planned_size(task), seconds=time.perf_counter() - started)
     also = 0 if task.planned is None else planned_size(task)  # what is baked waits in a file of its own
@@ -99,8 +101,7 @@ class _Bake:
         rewritten = [one.file for one in self.task.files]
         if self.task.target is not None:
             with scratch_places(self.output, rewritten, options.overwrite) as (file, files):
-                report, digests = self._baked(files)
-                told = record(self.asked, digests, checkpoint.path, options)
+                report, told = self._baked(files)
                 compared = write_respelled(self.task, files, file, told, options.verify, self.progress)
             checked = None if report.checked is None else replace(report.checked, bytes=compared)
             return replace(report, checked=checked)
@@ -110,21 +111,23 @@ class _Bake:
             report, _ = self._baked(places.files)
         return replace(report, linked=places.others.linked, copied=places.others.copied)
 
-    def _baked(self, places: Mapping[WeightFile, Path]) -> tuple[BakeReport, Sequence[str]]:
-        """Fills the files at these places, and checks them; also the adapters' hashes."""
-        options = self.options
-        digests = ["0" * 64] * len(self.asked)  # as long as the true ones, which are known when the data are written
+    def _baked(self, places: Mapping[WeightFile, Path]) -> tuple[BakeReport, Mapping[str, Any]]:
+        """Fills the files at these places, and checks them; also the record of what was baked."""
+        # As long as the true one, which is known when the data are written.
+        told = self._record(["0" * 64] * len(self.asked))
         with ExitStack() as stack:
             outputs = {
-                one.file: stack.enter_context(Output(places[one.file], len(self._header(one, digests)), one.plan))
+                one.file: stack.enter_context(Output(places[one.file], len(_header(one, told)), one.plan))
                 for one in self.task.files
             }
-            survivals, checked, undone = self._filled(outputs)
+            devices, survivals, checked, undone = self._filled(outputs)
             digests = self.hashes()
+            known = replace(self, options=replace(self.options, devices=devices))
+            told = known._record(digests)
             for one in self.task.files:
-                outputs[one.file].finish(self._header(one, digests))
-            undo_size = undone(digests)
-        report = bake_report(self.task, self.asked, digests, options, survivals)
+                outputs[one.file].finish(_header(one, told, outputs[one.file].head))
+            undo_size = undone(told)
+        report = bake_report(self.task, self.asked, digests, known.options, survivals)
         report = replace(
             report,
             output=str(self.output),
@@ -132,30 +135,40 @@ class _Bake:
             undo=None if self.undo is None else str(self.undo),
             undo_size=undo_size,
         )
-        return report, digests
+        return report, told
+
+    def _record(self, digests: Sequence[str]) -> dict[str, Any]:
+        return record(self.asked, digests, self.task.checkpoint.path, self.options)
 
     def _filled(
         self, outputs: Mapping[WeightFile, Output]
-    ) -> tuple[list[Survival], Checked | None, Callable[[Sequence[str]], int | None]]:
-        """Fills the files; also what was found, and the function that writes the undo file."""
+    ) -> tuple[Sequence[str], list[Survival], Checked | None, Callable[[Mapping[str, Any]], int | None]]:
+        """Fills the files; also the devices, what was found, and the function that writes the undo file."""
         files, verify = self.task.files, self.options.verify
         written = Ticker(self.progress, "writing", sum(one.plan.nbytes for one in files))
         with Copier(files, outputs, verify, written) as copier, self._hashing() as bases:
-            # Imported while bytes are copied: torch takes a second or two to begin.
+            # Asked and imported while bytes are copied: torch takes a second or two to begin.
+            wake(self.options.devices)
+            devices = devices_named(",".join(self.options.devices))
             from loratool.ops import bake_check, bake_work, baking
 
+            copier.hurry()
             sites = self.task.found.sites
             destinations = {one.file: baking.Destination(outputs[one.file], one.plan) for one in files}
             how = bake_work.How(self.options.rounding, self.options.seed, self.options.dora_norm)
             recorder, undone = self._recording(how, bases)
-            bakery = baking.Bakery(destinations, self.options.devices, how, written, recorder=recorder)
-            survivals = bakery.run(sites)
-            copier.wait()
+            bakery = baking.Bakery(destinations, devices, how, written, recorder=recorder)
             checked = None
             if verify:
-                tick = Ticker(self.progress, "verifying", len(sites))
-                checked = replace(bake_check.check_rows(sites, destinations, how, tick), bytes=copier.compared)
-        return survivals, checked, undone
+                with bake_check.RowCheck(destinations, how) as rows:
+                    bakery.finished = rows.add
+                    survivals = bakery.run(sites)
+                    found = rows.result(Ticker(self.progress, "verifying", len(sites)))
+                checked = replace(found, bytes=copier.compared)
+            else:
+                survivals = bakery.run(sites)
+            copier.wait()
+        return devices, survivals, checked, undone
 
     @contextmanager
     def _hashing(self) -> Iterator[Mapping[WeightFile, Future[str]]]:
@@ -166,22 +179,22 @@ class _Bake:
 
     def _recording(
         self, how: How, bases: Mapping[WeightFile, Future[str]]
-    ) -> tuple[Recorder | None, Callable[[Sequence[str]], int | None]]:
+    ) -> tuple[Recorder | None, Callable[[Mapping[str, Any]], int | None]]:
         """What looks on while blocks are computed, and the function that then writes the undo file."""
         if self.undo is None:
-            return self.recorder, lambda digests: None
+            return self.recorder, lambda told: None
         from loratool.ops.undo import Recording, write_undo
 
         sites, undo = self.task.found.sites, self.undo
         recording = Recording(sites, how.norm)
 
-        def write(digests: Sequence[str]) -> int:
-            told = record(self.asked, digests, self.task.checkpoint.path, self.options)
+        def write(told: Mapping[str, Any]) -> int:
             hashed = {file: future.result() for file, future in bases.items()}
             return write_undo(undo, sites, recording, told, hashed, self.options.overwrite)
 
         return recording, write
 
-    def _header(self, one: FileTask, digests: Sequence[str]) -> bytes:
-        told = record(self.asked, digests, self.task.checkpoint.path, self.options)
-        return one.plan.header(with_record(one.metadata, told))
+
+def _header(one: FileTask, told: Mapping[str, Any], least: int = 0) -> bytes:
+    """The header of a file with the record of the bake; see `header_bytes`."""
+    return one.plan.header(with_record(one.metadata, told), one.file.header.header_bytes, least)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Task = TypeVar("Task")
 Done = TypeVar("Done")
 
-SLOTS = 12
+SLOTS = 16
 """Pieces of pinned memory, each for one block on its way."""
 
 _AHEAD = 6

@@ -58,18 +58,28 @@ class Job:
 
 @dataclass(eq=False)
 class Bakery:
-    """Bakes sites into their files. `tick` is called with the bytes that were written, from several threads."""
+    """Bakes sites into their files. From several threads, `tick` is called with the bytes that were written, and
+    `finished` with each site of which all is written."""
 
     destinations: Mapping[WeightFile, Destination]
     devices: Sequence[str]
     how: How
     tick: Callable[[int], None]
     recorder: Recorder | None = None
+    finished: Callable[[Site], None] = lambda site: None
     _local: threading.local = field(default_factory=threading.local)
+    _missing: list[int] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, sites: Sequence[Site]) -> list[Survival]:
         """Bakes all sites, and says how much of each update survived."""
         jobs = self._dealt(sites)
+        self._missing = [0] * len(sites)
+        for job in jobs:
+            self._missing[job.index] += len(job.ranges)
+        for site, blocks in zip(sites, self._missing, strict=True):
+            if not blocks:
+                self.finished(site)
         found = [Survival() for _ in sites]
         for job, survival in zip(jobs, self._baked(jobs), strict=True):
             found[job.index].add(survival)
@@ -137,6 +147,11 @@ class Bakery:
         _, columns = size_of(site.tensor)
         to.output.write(data, to.plan.start(site.key) + start * columns * DTYPES[site.dtype] // 8)
         self.tick(data.nbytes)
+        with self._lock:
+            self._missing[job.index] -= 1
+            last = not self._missing[job.index]
+        if last:
+            self.finished(site)
 
     def _desk(self, device: str) -> Desk:
         desks: dict[str, Desk] = self._local.__dict__.setdefault("desks", {})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loratool.core.module import Module
+from loratool.core.tensor import LazyTensor
 from loratool.ops.finite import not_finite
 from loratool.ops.sites import Fixed, Part
 from loratool.ops.stored import blocks_of, weight_rows
@@ -71,11 +72,19 @@ class Update(Protocol):
 
 def update_of(module: Module, device: str, work: torch.dtype = torch.float32, room: Room | None = None) -> Update:
     """The update of a module, scale included, its factors on `device`."""
+    pair = pair_of(module)
+    if pair is None:
+        return _Cut(module, device, work)
+    left, right, turned = pair
+    return _Pair(left.load(device).to(work), right.load(device).to(work), module.scale, turned, room)
+
+
+def pair_of(module: Module) -> tuple[LazyTensor, LazyTensor, bool] | None:
+    """The two matrices whose product times the scale is the update, or, if the third says so, its transpose."""
     product = module.product
-    if product is not None and product.whole and product.core is None and product.right is not None:
-        left, right = product.left.load(device).to(work), product.right.load(device).to(work)
-        return _Pair(left, right, module.scale, product.transposed, room)
-    return _Cut(module, device, work)
+    if product is None or not product.whole or product.core is not None or product.right is None:
+        return None
+    return product.left, product.right, product.transposed
 
 
 def check_parts(parts: Sequence[Part | Fixed]) -> None:

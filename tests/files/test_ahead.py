@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from loratool.files import ahead, libc
-from loratool.files.ahead import MADE_READY, Ahead, Behind
+from loratool.files.ahead import Ahead, Behind
 
 MEMORY = Path("/dev/shm")
+SIZE = (3 << 20) + 12345
+
+in_memory = pytest.mark.skipif(not MEMORY.is_dir(), reason="no tmpfs")
 
 
-def made(folder: Path | str) -> int:
-    """An empty file of three pieces and a half, which has no name any more."""
+@contextmanager
+def made(folder: Path | str) -> Iterator[int]:
+    """An empty file of some pages and a piece of one, which has no name any more."""
     fd, name = tempfile.mkstemp(dir=folder)
-    os.unlink(name)
-    os.ftruncate(fd, 3 * MADE_READY + MADE_READY // 2)
-    return fd
+    try:
+        os.unlink(name)
+        os.ftruncate(fd, SIZE)
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def blocks_of(fd: int) -> int:
@@ -31,65 +41,70 @@ def blocks_of(fd: int) -> int:
     return os.fstat(fd).st_blocks * 512
 
 
-@pytest.mark.skipif(not MEMORY.is_dir(), reason="no tmpfs")
-def test_pages_are_made_and_hold_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On tmpfs all pages of the file are there soon, and nothing was written to them."""
+@pytest.fixture
+def many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were processors enough."""
     monkeypatch.setattr(ahead, "_FEW_CPUS", 0)
-    fd = made(MEMORY)
-    try:
-        one = Ahead(fd, os.fstat(fd).st_size)
-        for _ in range(200):
-            if one._stopped or blocks_of(fd) >= os.fstat(fd).st_size:
-                break
-            time.sleep(0.05)
-        one.close()
-        if one._stopped and blocks_of(fd) < os.fstat(fd).st_size:
+
+
+def hurried(fd: int) -> Ahead:
+    one = Ahead(fd)
+    one.hurry()
+    return one
+
+
+@in_memory
+@pytest.mark.parametrize("hurry", [False, True])
+def test_pages_are_made_where_they_are_asked_for(many: None, hurry: bool) -> None:
+    """On tmpfs they are there, hold zeros, and those around them are not there; asked for twice is no harm."""
+    with made(MEMORY) as fd:
+        one = hurried(fd) if hurry else Ahead(fd)
+        assert one.fills is hurry
+        for _ in range(2):
+            one.make(1 << 20, 1 << 20)
+        if hurry and not one.fills:
             pytest.skip("the kernel is too old, or there is no room")
-        assert not any(os.pread(fd, 4096, 3 * MADE_READY + 4096))
-    finally:
-        os.close(fd)
+        assert blocks_of(fd) == 1 << 20
+        assert not any(os.pread(fd, SIZE, 0)) and os.fstat(fd).st_size == SIZE
 
 
-def test_closing_stops_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """After `close` no thread is left, whatever was done; on a disk nothing is begun."""
-    monkeypatch.setattr(ahead, "_FEW_CPUS", 0)
-    fd = made(MEMORY if MEMORY.is_dir() else tmp_path)
-    one = Ahead(fd, os.fstat(fd).st_size)
-    one.close()
-    os.close(fd)
+@in_memory
+@pytest.mark.parametrize("start", [0, 1, 4095, 4096, (1 << 20) + 77, SIZE - 5])
+def test_what_is_filled_in_place_is_in_the_file(many: None, start: int) -> None:
+    """From any byte on, up to the end, and nothing else is changed."""
+    with made(MEMORY) as fd:
+        os.pwrite(fd, b"x" * SIZE, 0)
+        size = min(100_000, SIZE - start)
+        data = os.urandom(size)
+        with hurried(fd).opened(start, size) as place:
+            if place is None:
+                pytest.skip("the kernel is too old, or there is no room")
+            assert place.nbytes == size and bytes(place) == b"x" * size
+            place[:] = data
+        assert os.pread(fd, SIZE, 0) == b"x" * start + data + b"x" * (SIZE - start - size)
+        assert os.fstat(fd).st_size == SIZE
+
+
+def test_on_a_disk_nothing_is_made(many: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "_in_memory", lambda fd: False)
-    fd = made(tmp_path)
-    one = Ahead(fd, os.fstat(fd).st_size)
-    one.close()
-    assert one._pool is None and blocks_of(fd) == 0
-    os.close(fd)
+    with made(tmp_path) as fd:
+        for one in (Ahead(fd), hurried(fd)):
+            one.make(0, SIZE)
+            with one.opened(0, SIZE) as place:
+                assert place is None
+            assert not one.fills and not blocks_of(fd)
 
 
-def test_a_refusal_stops_it_in_silence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What the system will not do is left to the writing, which says what is wrong."""
-
-    class Refuses:
-        def mmap(self, *_: object) -> int:
-            return 4096
-
-        def madvise(self, *_: object) -> int:
-            return -1
-
-        def munmap(self, *_: object) -> int:
-            return 0
-
-    monkeypatch.setattr(ahead, "_FEW_CPUS", 0)
-    monkeypatch.setattr(ahead, "_in_memory", lambda fd: True)
-    monkeypatch.setattr(ahead, "_libc", Refuses)
-    fd = made(tmp_path)
-    one = Ahead(fd, os.fstat(fd).st_size)
-    for _ in range(100):
-        if one._stopped:
-            break
-        time.sleep(0.02)
-    assert one._stopped
-    one.close()
-    os.close(fd)
+@in_memory
+def test_few_processors_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then space is reserved, however much there is to do."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    with made(MEMORY) as fd:
+        one = hurried(fd)
+        with one.opened(0, SIZE) as place:
+            assert place is None
+        one.make(0, 1 << 20)
+        assert blocks_of(fd) == 1 << 20
 
 
 def test_flushes_while_it_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -102,7 +117,7 @@ def test_flushes_while_it_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     monkeypatch.setattr(ahead, "FLUSHED", 100)
     monkeypatch.setattr(os, "fdatasync", flush, raising=False)
-    fd = made(tmp_path)
+    fd = os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT)
     behind = Behind(fd)
     behind.wrote(60)
     time.sleep(0.05)
@@ -118,21 +133,14 @@ def test_flushes_while_it_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     os.close(fd)
 
 
-def test_where_the_c_library_is_another_one_nothing_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On other systems the writing makes its pages itself, and no call is tried."""
-    monkeypatch.setattr(ahead, "_FEW_CPUS", 0)
+def test_where_the_c_library_is_another_one_nothing_is_mapped(many: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On other systems no call is tried."""
     monkeypatch.setattr(ahead, "_in_memory", lambda fd: True)
     monkeypatch.setattr(sys, "platform", "darwin")
     ahead._libc.cache_clear()
     try:
         assert ahead._libc() is None
-        fd = made(tmp_path)
-        one = Ahead(fd, os.fstat(fd).st_size)
-        assert one._pool is not None
-        one._pool.shutdown()
-        one.close()
-        assert not blocks_of(fd)
-        os.close(fd)
+        assert not hurried(-1).fills
     finally:
         ahead._libc.cache_clear()
 
@@ -140,7 +148,7 @@ def test_where_the_c_library_is_another_one_nothing_is_made(monkeypatch: pytest.
 class Library:
     """A C library that notes what is asked of it."""
 
-    def __init__(self, address: int | None = 4096, refused: int = 0) -> None:
+    def __init__(self, address: int | None, refused: int = 0) -> None:
         self.address, self.refused = address, refused
         self.called: list[tuple[str, int]] = []
 
@@ -157,29 +165,60 @@ class Library:
         return 0
 
 
-PART = MADE_READY // 2
+@pytest.fixture
+def mapped(many: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[Library], Ahead]:
+    """Something that makes pages of no file at all by a library."""
+
+    def make(library: Library) -> Ahead:
+        monkeypatch.setattr(ahead, "_in_memory", lambda fd: True)
+        monkeypatch.setattr(ahead, "_libc", lambda: library)
+        monkeypatch.setattr(os, "posix_fallocate", lambda *_: pytest.fail("reserves"))
+        return hurried(-1)
+
+    return make
 
 
 @pytest.mark.parametrize("address", [None, ctypes.c_void_p(-1).value], ids=["null", "failed"])
-def test_what_cannot_be_mapped_is_not_touched(monkeypatch: pytest.MonkeyPatch, address: int | None) -> None:
+def test_what_cannot_be_mapped_is_not_touched(mapped: Callable[[Library], Ahead], address: int | None) -> None:
+    """And nothing is tried again."""
     fake = Library(address)
-    monkeypatch.setattr(ahead, "_libc", lambda: fake)
-    one = Ahead(-1, 0)
-    one._make(-1, 0, PART)
-    assert one._stopped and fake.called == [("mmap", PART)]
+    one = mapped(fake)
+    for _ in range(2):
+        one.make(0, 5000)
+        assert not one.fills and fake.called == [("mmap", 5000)]
 
 
-@pytest.mark.parametrize("refused", [0, -1])
-def test_every_mapping_is_given_back(monkeypatch: pytest.MonkeyPatch, refused: int) -> None:
-    """Whether its pages were made or not; after a refusal none follows."""
-    fake = Library(4096, refused)
-    monkeypatch.setattr(ahead, "_libc", lambda: fake)
-    one = Ahead(-1, 0)
-    one._make(-1, 0, PART)
-    assert fake.called == [("mmap", PART), ("madvise", PART), ("munmap", PART)]
-    assert one._stopped == bool(refused)
-    one._make(-1, 0, PART)
-    assert len(fake.called) == (3 if refused else 6)
+def test_every_mapping_is_given_back(mapped: Callable[[Library], Ahead]) -> None:
+    """From the page on that the first byte is in: whether its pages were made or not; after a refusal none follows."""
+    fake = Library(4096)
+    one = mapped(fake)
+    one.make(3 * mmap.ALLOCATIONGRANULARITY + 7, 5000)
+    assert fake.called == [("mmap", 5007), ("madvise", 5007), ("munmap", 5007)] and one.fills
+    with pytest.raises(KeyError), one.opened(0, 10):
+        raise KeyError
+    assert fake.called[3:] == [("mmap", 10), ("madvise", 10), ("munmap", 10)]
+    fake.refused = -1
+    with one.opened(0, 10) as place:
+        assert place is None
+    assert fake.called[6:] == [("mmap", 10), ("madvise", 10), ("munmap", 10)] and not one.fills
+    one.make(0, 10)
+    assert len(fake.called) == 9
+
+
+def test_space_that_is_refused_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is left to the writing, which says what is wrong."""
+    asked: list[int] = []
+
+    def full(fd: int, at: int, nbytes: int) -> None:
+        asked.append(at)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ahead, "_in_memory", lambda fd: True)
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    one = Ahead(-1)
+    one.make(0, 10)
+    one.make(10, 10)
+    assert asked == [0]
 
 
 @pytest.mark.parametrize(("system", "found"), [("tmpfs", True), ("ext4", False), (None, False)])

@@ -6,13 +6,15 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from safetensors import safe_open
 
 from loratool.core.errors import FormatError, LoratoolError
 from loratool.core.tensor import LazyTensor
-from loratool.files import stream
-from loratool.files.safetensors import Header, read_header
+from loratool.files import ahead, stream
+from loratool.files.safetensors import Header, OpenFile, read_header
 from loratool.files.stream import Copy, Output, Plan, copies, in_data_order, plan_like, stretch
 
 Entry = tuple[str, tuple[int, ...], int, int]
@@ -160,6 +162,71 @@ def test_one_flipped_bit_is_noticed(
         with pytest.raises(FormatError, match="are not the same in what was written") as caught:
             output.copy(source, what, buffers, verify=True)
     assert caught.value.file == str(tmp_path / "a")
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no tmpfs")
+@pytest.mark.parametrize("refused", [False, True], ids=["", "refused"])
+@pytest.mark.parametrize("flip", [None, 0, 4, 5, 24, 47])
+def test_a_copy_in_place(refused: bool, flip: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tmpfs it is read to where it belongs; a bit that is wrong there is noticed. Where it is refused, written."""
+    monkeypatch.setattr(ahead, "_FEW_CPUS", 0)
+    monkeypatch.setattr(stream, "_copy_file_range", lambda *_: 0 if refused else pytest.fail("not in place"))
+    with TemporaryDirectory(dir="/dev/shm") as folder:
+        header = handmade(Path(folder) / "a", MIXED)
+        plan = plan_like(header)
+        source = stretch(header.tensors["a"])
+        (what,) = copies(header, plan, frozenset())
+        place = Path(folder) / "b"
+        place.touch()
+        head = plan.header({})
+        right = type(source.file).readinto
+        read: list[int] = []
+
+        def readinto(self: OpenFile, view: memoryview, offset: int) -> None:
+            right(self, view, offset)
+            first = offset not in read
+            read.append(offset)
+            if first and flip is not None and 0 <= flip - (offset - what.source) < view.nbytes:
+                view[flip - (offset - what.source)] ^= 1
+
+        monkeypatch.setattr(OpenFile, "readinto", readinto)
+        with Output(place, len(head), plan) as output:
+            output.hurry()
+            if refused:
+                monkeypatch.setattr(output._ahead, "fills", False)
+            elif not output._ahead.fills:
+                pytest.skip("the system maps nothing")
+            if flip is None:
+                output.copy(source, what, (bytearray(5), bytearray(5)), verify=True)
+            else:
+                with pytest.raises(FormatError, match="are not the same in what was written"):
+                    output.copy(source, what, (bytearray(5), bytearray(5)), verify=True)
+            output.finish(head)
+        if flip is None:
+            assert place.read_bytes()[len(head) :] == Path(folder, "a").read_bytes()[header.header_bytes :]
+            output = Output(place, len(head), plan)
+            output.hurry()
+            output.copy(source, what, (bytearray(64), bytearray(64)), verify=False)
+            output.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("length", range(0, 9000, 613))
+@pytest.mark.parametrize("start", [64, 4096, 4104, 9088, 8 + 4095])
+def test_data_begin_at_the_same_place_in_a_page(tmp_path: Path, length: int, start: int) -> None:
+    """As those of the file they are copied from, if that is aligned at all; other readers take the header."""
+    plan = plan_like(handmade(tmp_path / "a", {"a": ("F16", (4,), 0, 8)}))
+    plain, head = plan.header({"k": "v" * length}), plan.header({"k": "v" * length}, start)
+    assert head[8:].rstrip() == plain[8:].rstrip() and len(head) >= len(plain)
+    if start % 8:
+        assert head == plain
+        return
+    assert len(head) % 4096 == start % 4096 and len(head) < max(start, len(plain) + 4096) + 1
+    (tmp_path / "b").write_bytes(head + b"12345678")
+    assert bytes(read_header(tmp_path / "b").tensors["a"].read()) == b"12345678"
+    with safe_open(tmp_path / "b", "np") as opened:
+        assert opened.get_tensor("a").tobytes() == b"12345678"
+    shorter = plan.header({"k": ""}, start, least=len(head))
+    assert len(shorter) == len(head) and shorter[8:].rstrip() == plan.header({"k": ""})[8:].rstrip()
 
 
 @pytest.fixture

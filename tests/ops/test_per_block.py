@@ -7,13 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from loratool.core.adapter import Adapter
 from loratool.core.errors import FormatError, LoratoolError, UsageError
-from loratool.ops import devices
 from loratool.ops.blocks import BlockWeights, block_label, block_weights, places
-from loratool.ops.devices import device_named
 from loratool.ops.open import understand
 from loratool.ops.per_block import from_mapping, read_per_block, rule_of
 from loratool.ops.ranks import Candidate, Limits, Rule, choose, parse_rule
@@ -225,19 +222,3 @@ def test_places_are_in_model_order_and_complete() -> None:
     assert list(found) == [label for label in blocks.labels if label in found]
     for label, own in found.items():
         assert {block_label(source.modules[i].targets[0], source.architecture) for i in own} == {label}
-
-
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert (device_named("auto"), device_named("CPU")) == ("cpu", "cpu")
-    for name in ("cuda", "cuda:0", "gpu", "", "cuda:", "cuda:-1", "mps"):
-        with pytest.raises(UsageError, match=r"no device|no GPU"):
-            device_named(name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(devices, "_may_have_gpu", lambda: False)
-    assert device_named("auto") == "cpu"  # without asking torch
-    monkeypatch.setattr(devices, "_may_have_gpu", lambda: True)
-    assert [device_named(name) for name in ("auto", "cuda", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
-    with pytest.raises(UsageError, match="sees 2"):
-        device_named("cuda:2")
