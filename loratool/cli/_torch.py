@@ -23,6 +23,7 @@ class _Spare:
         if name == "torch":
             gc.disable()
         elif name == _UNNEEDED:
+            gc.freeze()  # what torch has made is not looked through again
             gc.enable()
             return ModuleSpec(name, self)  # type: ignore[arg-type]  # all that a loader needs
         return None
