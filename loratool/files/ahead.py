@@ -25,10 +25,10 @@ _PROT, _MAP_SHARED, _POPULATE_WRITE = 3, 1, 23
 class Ahead:
     """Makes the pages of an empty file in memory (tmpfs) before something is written to them.
 
-    The system lets one thread at a time write to a file, and making pages is most of that work there. At first their
-    space is only reserved, which is the least work, and does not keep others of this process from mapping memory, as an
-    import does. After `hurry`, pages are made and filled by many threads through a mapping. Does nothing on other file
-    systems. What the system refuses once is not asked for again.
+    The system lets one thread at a time write to a file, and making pages is most of that work there. Reserving their
+    space is the least work, and does not keep others of this process from mapping memory, as an import does. After
+    `hurry`, pages are made and filled by many threads through a mapping. Does nothing on other file systems. What the
+    system refuses once is not asked for again.
 
     `fills` says whether bytes are best filled in place.
     """
@@ -42,16 +42,21 @@ class Ahead:
         """From now on many threads make pages at the same time, if there are processors for them."""
         self.fills = self._useful and (os.cpu_count() or 1) > _FEW_CPUS and _libc() is not None
 
+    def reserve(self, at: int, nbytes: int) -> bool:
+        """Reserves space for so many bytes from byte `at` of the file on; False where there is something better to do,
+        or nothing."""
+        if self.fills or not self._useful:
+            return False
+        try:
+            os.posix_fallocate(self._fd, at, nbytes)
+        except OSError:
+            self._useful = False
+        return self._useful
+
     def make(self, at: int, nbytes: int) -> None:
-        """Makes the pages of so many bytes from byte `at` of the file on."""
-        if self.fills:
-            with self.opened(at, nbytes):
-                pass
-        elif self._useful:
-            try:
-                os.posix_fallocate(self._fd, at, nbytes)
-            except OSError:
-                self._useful = False
+        """Makes the pages of so many bytes from byte `at` of the file on, after `hurry`."""
+        with self.opened(at, nbytes):
+            pass
 
     @contextmanager
     def opened(self, at: int, nbytes: int) -> Iterator[memoryview | None]:

@@ -127,12 +127,21 @@ class Output:
         self._behind.close()
         os.close(self.fd)
 
+    @property
+    def fills(self) -> bool:
+        """Whether it is best filled in place, by many threads, where its pages were made ready."""
+        return self._ahead.fills
+
     def hurry(self) -> None:
         """From now on it may take all processors to make ready and to copy."""
         self._ahead.hurry()
 
+    def reserve(self, at: int, nbytes: int) -> bool:
+        """Reserves space from byte `at` of the file on; False where there is something better to do, or nothing."""
+        return self._ahead.reserve(at, nbytes)
+
     def make_ready(self, at: int, nbytes: int) -> None:
-        """Makes it faster to write so many bytes of the data region from byte `at` of it on, where that is possible."""
+        """Makes it faster to write so many bytes of the data region from byte `at` of it on."""
         self._ahead.make(self.head + at, nbytes)
 
     def write(self, data: memoryview, at: int) -> None:
@@ -162,7 +171,7 @@ class Output:
 
         With `verify` they are read back piece by piece and compared. Raises FormatError for a difference.
         """
-        done = 0 if self._ahead.fills else self._copied(source.file.fd, what)
+        done = 0 if self.fills else self._copied(source.file.fd, what)
         for part in what.parts(len(buffers[0])):
             lacking = part.target + part.nbytes > what.target + done
             with self._ahead.opened(self.head + part.target, part.nbytes) if lacking else nullcontext() as place:

@@ -163,7 +163,6 @@ def _restore(
 ) -> None:
     tick = Ticker(progress, "writing", sum(task.plan.nbytes for task in tasks))
     with Copier(tasks, outputs, True, tick) as copier:
-        copier.hurry()
         destinations = {task.file: Destination(outputs[task.file], task.plan) for task in tasks}
         jobs = [(site, told, devices[at % len(devices)]) for at, (site, told) in enumerate(sites)]
         workers = GPU_THREADS * len(devices) if devices[0] != "cpu" else threads()
