@@ -320,9 +320,9 @@ def header_bytes(
 ) -> bytes:
     """Length and header of a file whose tensors (name -> dtype, shape, first byte in the data) have any order.
 
-    With `beside`, the first byte of the data of another file, these begin at the same place within a page: bytes that
-    are copied from there are copied twice as fast, or shared by a file system that can. As long as `least`, if that was
-    the length of another header beside the same file. Raises LoratoolError for what the format cannot hold.
+    With `beside`, the first byte of the data of another file, these begin at the same place within a page: bytes are
+    copied from there in as little as three fifths of the time. As long as `least`, if that was the length of another
+    header beside the same file. Raises LoratoolError for what the format cannot hold.
     """
     text = ",".join(_entry_json(name, *entry) for name, entry in entries.items())
     step, after = (_ALIGNED, _LENGTH) if beside is None or beside % _ALIGNED else (_PAGE, beside)

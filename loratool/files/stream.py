@@ -198,8 +198,8 @@ class Output:
             )
 
     def _copied(self, fd: int, what: Copy) -> int:
-        """How many bytes of it the system has copied: it takes a third less time than two passes through memory, and
-        shares the bytes where the file system can. What it refuses, or cannot do, is left."""
+        """How many bytes of it the system has copied: it takes a third less time than two passes through memory. What
+        it refuses, or cannot do, is left."""
         done = 0
         try:
             while done < what.nbytes:
