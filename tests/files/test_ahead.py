@@ -54,18 +54,31 @@ def hurried(fd: int) -> Ahead:
 
 
 @in_memory
-@pytest.mark.parametrize("hurry", [False, True])
-def test_pages_are_made_where_they_are_asked_for(many: None, hurry: bool) -> None:
+def test_pages_are_made_where_they_are_asked_for(many: None) -> None:
     """On tmpfs they are there, hold zeros, and those around them are not there; asked for twice is no harm."""
     with made(MEMORY) as fd:
-        one = hurried(fd) if hurry else Ahead(fd)
-        assert one.fills is hurry
+        one = hurried(fd)
+        assert one.fills
         for _ in range(2):
             one.make(1 << 20, 1 << 20)
-        if hurry and not one.fills:
+        if not one.fills:
             pytest.skip("the kernel is too old, or there is no room")
         assert blocks_of(fd) == 1 << 20
         assert not any(os.pread(fd, SIZE, 0)) and os.fstat(fd).st_size == SIZE
+
+
+@in_memory
+def test_space_is_reserved_until_all_may_hurry(many: None) -> None:
+    """Likewise; from then on pages are made instead, and not before."""
+    with made(MEMORY) as fd:
+        one = Ahead(fd)
+        one.make(0, 1 << 20)
+        assert not one.fills and not blocks_of(fd)
+        assert one.reserve(1 << 20, 1 << 20) and one.reserve(1 << 20, 1 << 20)
+        assert blocks_of(fd) == 1 << 20
+        assert not any(os.pread(fd, SIZE, 0)) and os.fstat(fd).st_size == SIZE
+        one.hurry()
+        assert not one.reserve(2 << 20, 1 << 20) and blocks_of(fd) == 1 << 20
 
 
 @in_memory
@@ -92,6 +105,7 @@ def test_on_a_disk_nothing_is_made(many: None, tmp_path: Path, monkeypatch: pyte
             one.make(0, SIZE)
             with one.opened(0, SIZE) as place:
                 assert place is None
+            assert not one.reserve(0, SIZE)
             assert not one.fills and not blocks_of(fd)
 
 
@@ -103,7 +117,7 @@ def test_few_processors_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> N
         one = hurried(fd)
         with one.opened(0, SIZE) as place:
             assert place is None
-        one.make(0, 1 << 20)
+        assert one.reserve(0, 1 << 20)
         assert blocks_of(fd) == 1 << 20
 
 
@@ -216,8 +230,8 @@ def test_space_that_is_refused_is_not_asked_for_again(monkeypatch: pytest.Monkey
     monkeypatch.setattr(ahead, "_in_memory", lambda fd: True)
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     one = Ahead(-1)
-    one.make(0, 10)
-    one.make(10, 10)
+    assert not one.reserve(0, 10)
+    assert not one.reserve(10, 10)
     assert asked == [0]
 
 
