@@ -19,14 +19,13 @@ class _Spare:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Answers for that module alone."""
+        """Answers for that module alone. Collecting goes on when it, or the next of our own, is imported."""
         if name == "torch":
             gc.disable()
-        elif name == _UNNEEDED:
+        elif (name == _UNNEEDED or name.startswith("loratool.")) and not gc.isenabled():
             gc.freeze()  # what torch has made is not looked through again
             gc.enable()
-            return ModuleSpec(name, self)  # type: ignore[arg-type]  # all that a loader needs
-        return None
+        return ModuleSpec(name, self) if name == _UNNEEDED else None  # type: ignore[arg-type]  # all that is needed
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         """A usual one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -44,3 +45,18 @@ def test_nothing_else_is_left_out(tmp_path: Path) -> None:
 
     assert real.__name__ == _torch._UNNEEDED and len(dir(real)) > 100
     assert _torch._Spare().find_spec("torch.nn") is None
+
+
+def test_collecting_goes_on_whatever_torch_imports() -> None:
+    """With a torch that does not import that module, it does with the next module of our own."""
+    try:
+        for name in (_torch._UNNEEDED, "loratool.anything"):
+            assert _torch._Spare().find_spec("torch") is None
+            assert not gc.isenabled()
+            assert _torch._Spare().find_spec("numpy") is None
+            assert not gc.isenabled()
+            assert (_torch._Spare().find_spec(name) is None) == (name != _torch._UNNEEDED)
+            assert gc.isenabled()
+    finally:
+        gc.unfreeze()
+        gc.enable()
