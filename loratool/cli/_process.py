@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-from loratool.cli._torch import spare
+from loratool.cli._torch import own_process
 
 PATIENCE = 1.2
 """Seconds from a signal until the process ends without waiting for its threads any longer."""
@@ -42,7 +42,7 @@ def run(app: Callable[[], Any]) -> NoReturn:
     it would print goes nowhere.
     """
     _complete_streams()
-    spare()
+    own_process()
     code: Any = 0
     try:
         with _ended_by_signals():

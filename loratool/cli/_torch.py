@@ -1,4 +1,4 @@
-"""torch in a process that computes and ends: imported without what only compiling and exporting need."""
+"""torch in a process that bakes and ends: imported without what only compiling and exporting need."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from types import ModuleType
 
 _UNNEEDED = "torch._meta_registrations"
 """What operators make of tensors without data, told in Python: it brings all decompositions with it, 0.4 of the 1.35
-seconds that the whole import takes. The operators themselves are in torch's library. It is imported last."""
+seconds that the whole import takes. The operators themselves are in torch's library. It is imported last.
+
+Not all of torch does without: torch 2.13 makes no `Generator`. So it is left out for commands of which tests prove, as
+processes, that they give the same bytes.
+"""
+
+_ours = False
 
 
 class _Spare:
@@ -35,6 +41,13 @@ class _Spare:
         """Nothing is put into it."""
 
 
+def own_process() -> None:
+    """Says that this process is the command line's: nothing else in it may want to compile."""
+    global _ours
+    _ours = True
+
+
 def spare() -> None:
-    """From now on `import torch` takes a third less. Only for a process of ours: others may want to compile."""
-    sys.meta_path.insert(0, _Spare())
+    """From now on `import torch` takes a third less, in a process of ours that has not imported it yet."""
+    if _ours and "torch" not in sys.modules:
+        sys.meta_path.insert(0, _Spare())

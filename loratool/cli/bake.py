@@ -114,6 +114,7 @@ def bake(
     Every weight becomes W + the sum of strength * delta, computed in float32 and rounded once; everything else keeps
     its bytes. Exit 1, with nothing written, if a LoRA is for another model or a module has no place.
     """
+    from loratool.cli._torch import spare
     from loratool.ops.bake_file import bake_file
     from loratool.ops.bake_task import Options
     from loratool.ops.convert import dtype_code
@@ -121,6 +122,7 @@ def bake(
     from loratool.report import bake as report
     from loratool.report.progress import progress as bars
 
+    spare()
     with told_plainly():
         if base is None:
             raise UsageError("--base is missing: the checkpoint to bake into", hint="a path, or a name as sd15")
