@@ -1,94 +1,115 @@
 """What the scripts do that are mostly used (sd-scripts' merge into a checkpoint), as a process of its own.
 
-    python benchmarks/_popular.py BASE LORA OUTPUT [DEVICE]
+    python benchmarks/_popular.py sd15|sdxl BASE LORA OUTPUT
 
-Of Stable Diffusion 1.5. Makes the models, loads the checkpoint into them, adds every update to the weight of its module
-in float32, and saves the models' weights in fp16 as one file. The models are those of diffusers and transformers.
+Makes the models, loads the checkpoint into them, adds every update to the weight of its module in float32, and saves
+the models' weights in fp16 as one file. The models are those of diffusers and transformers. As there, those of SDXL are
+made empty and take the file's tensors, those of SD 1.5 are filled first; and all of it is done on the CPU, with or
+without a GPU.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import torch
+from _models import CLIP_G, CLIP_L, UNETS, VAE
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-UNET: Mapping[str, Any] = {
-    "attention_head_dim": 8,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "cross_attention_dim": 768,
-    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
-    "layers_per_block": 2,
-    "sample_size": 64,
-    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
-}
-VAE: Mapping[str, Any] = {
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "sample_size": 512,
-}
-CLIP: Mapping[str, Any] = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-    "vocab_size": 49408,
-    "max_position_embeddings": 77,
-}
+Weights = dict[str, torch.Tensor]
+
 STRENGTH = 0.8
+SECOND = "conditioner.embedders.1.model."
 
 
-def loaded(base: str, device: str) -> dict[str, torch.nn.Module]:
-    """The models with the weights of a checkpoint."""
-    weights = load_file(base)
-    unet, vae, text = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE), CLIPTextModel(CLIPTextConfig(**CLIP))
-    unet.load_state_dict(convert_ldm_unet_checkpoint(dict(weights), {**UNET, "use_linear_projection": False}))
-    vae.load_state_dict(convert_ldm_vae_checkpoint(dict(weights), VAE))
-    words = convert_ldm_clip_checkpoint(dict(weights))
-    short = {key.removeprefix("text_model."): value for key, value in words.items()}
-    own = {key: short.get(key.removeprefix("text_model.")) for key in text.state_dict()}
-    text.load_state_dict({key: value for key, value in own.items() if value is not None}, strict=False)
-    return {"lora_unet": unet.to(device), "vae": vae.to(device), "lora_te": text.to(device)}
+def loaded(model: str, base: str) -> dict[str, torch.nn.Module]:
+    """The prefix of a LoRA's keys -> the model with the weights of a checkpoint."""
+    weights, empty = load_file(base), model == "sdxl"
 
+    def made(make: Callable[[], torch.nn.Module], state: Callable[[torch.nn.Module], Weights]) -> torch.nn.Module:
+        with init_empty_weights() if empty else nullcontext():
+            one = make()
+        one.load_state_dict(_as_named(one, state(one)), assign=empty)
+        return one
 
-def _long(prefix: str, name: str) -> str:
-    """The name of a module with the part that some versions of transformers leave out."""
-    return name if prefix != "lora_te" or name.startswith("text_model.") else f"text_model.{name}"
+    def text(_: torch.nn.Module) -> Weights:
+        return convert_ldm_clip_checkpoint(dict(weights))
 
+    def second(one: torch.nn.Module) -> Weights:
+        return convert_open_clip_checkpoint(one, dict(weights), SECOND)
 
-def main(base: str, lora: str, output: str, device: str = "cpu") -> None:
-    """Adds a LoRA, and saves."""
-    models = loaded(base, device)
-    factors = load_file(lora)
-    modules = {
-        f"{prefix}_{_long(prefix, name)}".replace(".", "_"): module
-        for prefix, model in models.items()
-        for name, module in model.named_modules()
+    config = UNETS[model]
+    models = {
+        "lora_unet": made(
+            lambda: UNet2DConditionModel(**config), lambda _: convert_ldm_unet_checkpoint(dict(weights), config)
+        ),
+        "vae": made(lambda: AutoencoderKL(**VAE), lambda _: convert_ldm_vae_checkpoint(dict(weights), VAE)),
+        "lora_te1" if empty else "lora_te": made(lambda: CLIPTextModel(CLIPTextConfig(**CLIP_L)), text),
     }
-    stems = [key.removesuffix(".lora_down.weight") for key in factors if key.endswith(".lora_down.weight")]
-    for stem in stems:
-        up, down = (factors[f"{stem}.lora_{side}.weight"].to(device).float() for side in ("up", "down"))
+    if empty:
+        models["lora_te2"] = made(lambda: CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G)), second)
+    return models
+
+
+def _as_named(model: torch.nn.Module, weights: Weights) -> Weights:
+    """The weights under the model's keys: some versions of transformers leave `text_model.` out."""
+    short = {_short(key): weight for key, weight in weights.items()}
+    return {key: short[_short(key)] for key in model.state_dict()}
+
+
+def _short(key: str) -> str:
+    return key.removeprefix("text_model.")
+
+
+def adaptable(model: str, base: str, models: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
+    """The name that a LoRA has for a module -> the module. In the UNet of SDXL these are the checkpoint's names."""
+    with safe_open(base, "pt") as file:
+        names = list(file.keys())
+    origins = convert_ldm_unet_checkpoint(dict(zip(names, names, strict=True)), UNETS[model])
+
+    def name_of(prefix: str, path: str) -> str:
+        if prefix.startswith("lora_te"):
+            return f"text_model.{_short(path)}"
+        if model == "sdxl" and f"{path}.weight" in origins:
+            return origins[f"{path}.weight"].removeprefix("model.diffusion_model.").removesuffix(".weight")
+        return path
+
+    return {
+        f"{prefix}_{name_of(prefix, path)}".replace(".", "_"): module
+        for prefix, one in models.items()
+        for path, module in one.named_modules()
+    }
+
+
+def main(model: str, base: str, lora: str, output: str) -> None:
+    """Adds a LoRA, and saves."""
+    models, factors = loaded(model, base), load_file(lora)
+    for prefix, one in models.items():
+        if prefix != "vae":
+            one.float()
+    modules = adaptable(model, base, models)
+    for stem in [key.removesuffix(".lora_down.weight") for key in factors if key.endswith(".lora_down.weight")]:
+        up, down = (factors[f"{stem}.lora_{side}.weight"].float() for side in ("up", "down"))
         scale = STRENGTH * factors[f"{stem}.alpha"].item() / down.shape[0]
         weight = modules[stem].weight
         delta = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape) * scale
-        modules[stem].weight = torch.nn.Parameter(weight.float() + delta)
+        modules[stem].weight = torch.nn.Parameter(weight + delta)
     state = {
-        f"{prefix}.{key}": value.detach().clone().to("cpu").half().contiguous()
-        for prefix, model in models.items()
-        for key, value in model.state_dict().items()
+        f"{prefix}.{key}": value.detach().clone().half().contiguous()
+        for prefix, one in models.items()
+        for key, value in one.state_dict().items()
     }
     save_file(state, output)
 

@@ -4,27 +4,32 @@
     python benchmarks/bake.py --device cuda [-n RUNS] [--models sd15,sdxl]
 
 A checkpoint of real names at full size (SD 1.5 2.1 GB, SDXL 6.9 GB, fp16) and a LoRA of rank 32 for all attention and
-feed-forward modules. The peers are `cp`; what popular scripts do (`_popular.py`: make the models, load, add, save;
-needs the `test` extra); and the least that any script could do: load the file, cast, add every update, cast back, save.
-All run in turns, the page cache warm, the last output removed; ours is flushed to the disk and
-verified, theirs are not, so `cp` is also timed with a `sync`. On the CPU all are processes. On a GPU ours and the
-script run in one process that has imported torch and started the GPU, and both as processes, as a user runs them. On
-the CPU the scripts' turns come behind those of `cp` and ours: where a virtual machine gives free memory back to its
-host, the 7 GB that one of them leaves keep a processor busy during what comes next.
+feed-forward modules. The peers are `cp`; on a GPU what diffusers' documentation says (`_diffusers.py`: load the
+pipeline, fuse, save); what popular scripts do (`_popular.py`: make the models, load, add, save; on the CPU even where
+there is a GPU); and the least that any script could do, without making models: load the file, cast, add every update,
+cast back, save. The first two scripts need the `test` extra. All run in turns as processes, the page cache warm, the
+last output removed. On a GPU ours and the bare script also run within one process that has imported torch and started
+the GPU.
+
+Ours is flushed to the disk and verified, theirs are not, so `cp` is also timed with a `sync`. On the CPU the scripts'
+turns come behind those of `cp` and ours: where a virtual machine gives free memory back to its host, the 7 GB that one
+of them leaves keep a processor busy during what comes next.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
-from _measure import LORATOOL, MB, PYTHON, Budget, folder, fresh, in_turns, ratio, run, verdict, write_trained
+from _measure import MB, PYTHON, Budget, folder, fresh, in_turns, ratio, run, verdict, write_trained
 
 COPIES = {"cpu": 3.0, "cuda": 1.0}
 """Of the time of `cp`, at most."""
@@ -78,6 +83,23 @@ def inputs(place: Path, model: str) -> tuple[Path, Path, int]:
     return base, lora, base.stat().st_size
 
 
+def commands(model: str, base: Path, lora: Path, output: Path, device: str) -> dict[str, list[str]]:
+    """Ours and its peers as processes. diffusers' way makes a folder of `output`, all others a file."""
+    files, here = [str(base), str(lora), str(output)], Path(__file__).parent
+    first = device.split(",")[0]
+    script = [PYTHON, "-c", LOAD_ADD_SAVE, *files, first]
+    ours = [PYTHON, "-m", "loratool", "bake", "--base", str(base), f"{lora}:0.8", "-o", str(output), "--device", device]
+    return {
+        "cp": ["cp", str(base), str(output)],
+        "flushed": ["sh", "-c", f"cp '{base}' '{output}' && sync '{output}'"],
+        "ours": ours,
+        "script": [*script, "same", str(here)],
+        "wide": [*script, "wide", str(here)],
+        "popular": [PYTHON, str(here / "_popular.py"), model, *files],
+        "diffusers": [PYTHON, str(here / "_diffusers.py"), model, *files, first],
+    }
+
+
 def on_cpu(models: list[str], times: int) -> int:
     """Everything as processes."""
     budgets: list[Budget] = []
@@ -85,19 +107,10 @@ def on_cpu(models: list[str], times: int) -> int:
         for model in models:
             base, lora, size = inputs(place, model)
             output = place / "output.safetensors"
-            script = [PYTHON, "-c", LOAD_ADD_SAVE, str(base), str(lora), str(output), "cpu"]
-            here = str(Path(__file__).parent)
-            bake = [LORATOOL, "bake", "--base", str(base), f"{lora}:0.8", "-o", str(output), "--device", "cpu"]
-            copies = {
-                "cp": ["cp", str(base), str(output)],
-                "flushed": ["sh", "-c", f"cp '{base}' '{output}' && sync '{output}'"],
-                "ours": bake,
-            }
-            scripts = {"script": [*script, "same", here], "wide": [*script, "wide", here]}
-            if model == "sd15":
-                popular = Path(__file__).with_name("_popular.py")
-                scripts["popular"] = [PYTHON, str(popular), str(base), str(lora), str(output)]
-            found = in_turns(copies, times, fresh(output)) | in_turns(scripts, times, fresh(output))
+            peers = commands(model, base, lora, output, "cpu")
+            scripts = ["script", "wide", *(["popular"] if model == "sd15" else [])]  # SDXL's takes 23 GB of memory
+            found = in_turns({name: peers[name] for name in ("cp", "flushed", "ours")}, times, fresh(output))
+            found |= in_turns({name: peers[name] for name in scripts}, times, fresh(output))
             name = f"{model} ({size / MB:,.0f} MB)"
             ours = found["ours"]
             budgets += [
@@ -114,19 +127,47 @@ def on_cpu(models: list[str], times: int) -> int:
 
 
 def on_gpu(device: str, models: list[str], times: int) -> int:
-    """Ours and the script in this process, `cp` and the whole command as processes; each model in one of its own."""
+    """Each model in a process of its own: the peak of this one would be that of the next model's command."""
     import torch
 
-    if len(models) > 1:  # the peak of this process would be that of the next model's command
+    if len(models) > 1:
         words = [PYTHON, __file__, "--device", device, "-n", str(times), "--models"]
         return max(subprocess.run([*words, model]).returncode for model in models)
     with folder() as place:
         budgets = one_on_gpu(place, models[0], device, times)
-    return verdict(f"loratool bake on {torch.cuda.get_device_name()}, torch imported, median of {times}", budgets)
+    return verdict(f"loratool bake on {torch.cuda.get_device_name()}, median of {times}", budgets)
 
 
 def one_on_gpu(place: Path, model: str, device: str, times: int) -> list[Budget]:
-    """The budgets of one model."""
+    """The budgets of one model: everything as processes, ours and the bare script also within this one."""
+    base, lora, size = inputs(place, model)
+    output = place / "output.safetensors"
+    peers = commands(model, base, lora, output, device)
+    alone = run(peers["ours"])  # before this process grows: a child begins with its parent's peak
+    del peers["script"]
+    jobs: dict[str, Callable[[], object]] = {job: partial(run, words) for job, words in peers.items()}
+    jobs |= _within(base, lora, output, device)
+    found, peak = _timed(jobs, output, times)
+    name = f"{model} ({size / MB:,.0f} MB)"
+
+    def against(what: str, one: str, other: str, allowed: float) -> Budget:
+        detail = f"{found[one]:.2f} s / {found[other]:.2f} s"
+        return Budget(f"{name}: {what}", found[one] / found[other], allowed, "x", detail)
+
+    return [
+        against("torch imported: time of cp", "ours, warm", "cp", COPIES["cuda"]),
+        against("torch imported: of cp and sync", "ours, warm", "flushed", COPIES["cuda"]),
+        against("a 5th of diffusers on the GPU", "ours", "diffusers", 1 / FASTER),
+        against("a 5th of popular scripts", "ours", "popular", 1 / FASTER),
+        against("a 5th of load, float32, add, save", "ours", "wide", 1 / FASTER),
+        against("torch imported: a 5th of the same", "ours, warm", "wide, warm", 1 / FASTER),
+        Budget(f"{name}: GPU memory", peak / MB, GPU / MB, "MB"),
+        Budget(f"{name}: host memory", alone.peak / MB, HOST / MB, "MB"),
+    ]
+
+
+def _within(base: Path, lora: Path, output: Path, device: str) -> dict[str, Callable[[], object]]:
+    """What runs within this process, which has imported torch and started the GPU."""
     import torch
 
     from loratool.ops.bake_file import bake_file
@@ -134,66 +175,45 @@ def one_on_gpu(place: Path, model: str, device: str, times: int) -> list[Budget]
     from loratool.ops.inputs import Asked
 
     devices = tuple(device.split(","))
-    base, lora, size = inputs(place, model)
-    output = place / "output.safetensors"
 
     def ours(verify: bool = True) -> None:
-        options = Options(devices=devices, overwrite=True, verify=verify)
-        bake_file(base, [Asked(str(lora), 0.8)], output, options)
+        bake_file(base, [Asked(str(lora), 0.8)], output, Options(devices=devices, overwrite=True, verify=verify))
 
-    def scripted(where: str, width: str) -> list[str]:
-        return [str(base), str(lora), str(output), where, width, str(Path(__file__).parent)]
-
-    def script(where: str, width: str = "same") -> None:
-        sys.argv[1:] = scripted(where, width)
+    def script() -> None:
+        sys.argv[1:] = [str(base), str(lora), str(output), devices[0], "wide", str(Path(__file__).parent)]
         exec(LOAD_ADD_SAVE, {"__name__": "script"})
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
-    code = "import sys; sys.argv[0] = 'loratool'; from loratool.cli.main import app; app()"
-    words = ["bake", "--base", str(base), f"{lora}:0.8", "-o", str(output), "--device", device]
-    jobs: dict[str, Callable[[], object]] = {
-        "cp": lambda: subprocess.run(["cp", str(base), str(output)], check=True),
-        "flushed": lambda: subprocess.run(["sh", "-c", f"cp '{base}' '{output}' && sync '{output}'"], check=True),
-        "ours": ours,
-        "unverified": lambda: ours(False),
-        "script gpu": lambda: script(devices[0], "wide"),
-        "script cpu": lambda: script("cpu"),
-        "command": lambda: run([PYTHON, "-c", code, *words]),
-        "script command": lambda: run([PYTHON, "-c", LOAD_ADD_SAVE, *scripted(devices[0], "wide")]),
-    }
-    alone = run([PYTHON, "-c", code, *words])  # before this process grows: a child begins with its parent's peak
+    return {"ours, warm": ours, "ours, warm, unverified": partial(ours, False), "wide, warm": script}
+
+
+def _timed(jobs: Mapping[str, Callable[[], object]], output: Path, times: int) -> tuple[dict[str, float], int]:
+    """The median seconds of each job, done in turns after one round that is not counted; and the bytes of GPU memory
+    that ours took in the first."""
+    import torch
+
+    torch.cuda.init()
     took: dict[str, list[float]] = {job: [] for job in jobs}
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     for turn in range(times + 1):
         for job, do in jobs.items():
-            if job == "script gpu" and turn == 0:
+            if job == "wide, warm" and turn == 0:
                 peak = torch.cuda.max_memory_reserved()
-            output.unlink(missing_ok=True)
+            _gone(output)
             os.sync()
             started = time.perf_counter()
             do()
             took[job].append(time.perf_counter() - started)
-            print(f"{model} {job}: {took[job][-1]:.2f} s", flush=True)
     for job, seconds in took.items():
-        print(f"{model} {job}: first {seconds[0]:.2f} s, then {', '.join(f'{s:.2f}' for s in seconds[1:])}")
-    medians = {job: statistics.median(seconds[1:]) for job, seconds in took.items()}
-    title = f"{model} ({size / MB:,.0f} MB)"
+        print(f"{job}: first {seconds[0]:.2f} s, then {', '.join(f'{s:.2f}' for s in seconds[1:])}", flush=True)
+    return {job: statistics.median(seconds[1:]) for job, seconds in took.items()}, peak
 
-    def against(what: str, other: str, allowed: float, one: str = "ours") -> Budget:
-        mine = medians[one]
-        detail = f"{mine:.2f} s / {medians[other]:.2f} s"
-        return Budget(f"{title}: {what}", mine / medians[other], allowed, "x", detail)
 
-    return [
-        against("time of cp", "cp", COPIES["cuda"]),
-        against("of cp and sync", "flushed", COPIES["cuda"]),
-        against("a 5th of load, float32, add, save", "script gpu", 1 / FASTER),
-        against("the command: a 5th of the script's", "script command", 1 / FASTER, "command"),
-        against("of load, add, save on the CPU", "script cpu", 1.0),
-        Budget(f"{title}: GPU memory", peak / MB, GPU / MB, "MB"),
-        Budget(f"{title}: host memory of the command", alone.peak / MB, HOST / MB, "MB"),
-    ]
+def _gone(output: Path) -> None:
+    """Removes the last output, a file or a folder."""
+    if output.is_dir():
+        shutil.rmtree(output)
+    output.unlink(missing_ok=True)
 
 
 def main() -> int:
