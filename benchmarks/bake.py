@@ -11,9 +11,9 @@ cast back, save. The first two scripts need the `test` extra. All run in turns a
 last output removed. On a GPU ours and the bare script also run within one process that has imported torch and started
 the GPU.
 
-Ours is flushed to the disk and verified, theirs are not, so `cp` is also timed with a `sync`. On the CPU the scripts'
-turns come behind those of `cp` and ours: where a virtual machine gives free memory back to its host, the 7 GB that one
-of them leaves keep a processor busy during what comes next.
+Ours is flushed to the disk and verified, theirs are not, so `cp` is also timed with a `sync`. The scripts' turns come
+behind those of `cp` and ours: where a virtual machine gives free memory back to its host, the many GB that one of them
+leaves keep processors busy during what comes next.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -140,14 +140,19 @@ def on_gpu(device: str, models: list[str], times: int) -> int:
 
 def one_on_gpu(place: Path, model: str, device: str, times: int) -> list[Budget]:
     """The budgets of one model: everything as processes, ours and the bare script also within this one."""
+    import torch
+
     base, lora, size = inputs(place, model)
     output = place / "output.safetensors"
     peers = commands(model, base, lora, output, device)
     alone = run(peers["ours"])  # before this process grows: a child begins with its parent's peak
-    del peers["script"]
-    jobs: dict[str, Callable[[], object]] = {job: partial(run, words) for job, words in peers.items()}
-    jobs |= _within(base, lora, output, device)
-    found, peak = _timed(jobs, output, times)
+    within = _within(base, lora, output, device)
+    jobs: dict[str, Callable[[], object]] = {job: partial(run, words) for job, words in peers.items()} | within
+    torch.cuda.init()
+    torch.cuda.reset_peak_memory_stats()
+    found = _timed(jobs, ("cp", "flushed", "ours", "ours, warm", "ours, warm, unverified"), output, times)
+    peak = torch.cuda.max_memory_reserved()
+    found |= _timed(jobs, ("wide", "wide, warm", "popular", "diffusers"), output, times)
     name = f"{model} ({size / MB:,.0f} MB)"
 
     def against(what: str, one: str, other: str, allowed: float) -> Budget:
@@ -188,25 +193,21 @@ def _within(base: Path, lora: Path, output: Path, device: str) -> dict[str, Call
     return {"ours, warm": ours, "ours, warm, unverified": partial(ours, False), "wide, warm": script}
 
 
-def _timed(jobs: Mapping[str, Callable[[], object]], output: Path, times: int) -> tuple[dict[str, float], int]:
-    """The median seconds of each job, done in turns after one round that is not counted; and the bytes of GPU memory
-    that ours took in the first."""
-    import torch
-
-    torch.cuda.init()
-    took: dict[str, list[float]] = {job: [] for job in jobs}
-    for turn in range(times + 1):
-        for job, do in jobs.items():
-            if job == "wide, warm" and turn == 0:
-                peak = torch.cuda.max_memory_reserved()
+def _timed(
+    jobs: Mapping[str, Callable[[], object]], names: Sequence[str], output: Path, times: int
+) -> dict[str, float]:
+    """The median seconds of some jobs, done in turns after one round that is not counted."""
+    took: dict[str, list[float]] = {job: [] for job in names}
+    for _ in range(times + 1):
+        for job in names:
             _gone(output)
             os.sync()
             started = time.perf_counter()
-            do()
+            jobs[job]()
             took[job].append(time.perf_counter() - started)
     for job, seconds in took.items():
         print(f"{job}: first {seconds[0]:.2f} s, then {', '.join(f'{s:.2f}' for s in seconds[1:])}", flush=True)
-    return {job: statistics.median(seconds[1:]) for job, seconds in took.items()}, peak
+    return {job: statistics.median(seconds[1:]) for job, seconds in took.items()}
 
 
 def _gone(output: Path) -> None:
