@@ -99,8 +99,8 @@ def trained(unet: nn.Module, network: str) -> LycorisNetwork:
         for module in made.loras:
             made.add_module(module.lora_name, module)
             for name, parameter in module.named_parameters():
-                if "dora" in name:
-                    parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+                if "dora" in name or name == "rescale":
+                    parameter.mul_(1 + 0.3 * torch.rand_like(parameter))  # of what it begins with
                 elif parameter.dim() == 0:
                     parameter.copy_(torch.rand_like(parameter) + 0.1)
                 else:
@@ -189,5 +189,6 @@ def assert_same_picture(baked: nn.Module, unet: nn.Module, made: LycorisNetwork)
         expected = unet(*given).sample
         found = baked(*given).sample
     assert (base - expected).norm() > 0.02 * expected.norm()
-    # float32 through 100 layers: 2.05e-5 was seen on one machine. The weights themselves are compared above.
-    assert (found - expected).norm() < 5e-5 * expected.norm()
+    # Float32 through 100 layers differs by 1.5e-6. LyCORIS adds what (new weight - base) does to what the base does,
+    # which cancels where the new weight is much smaller: such a rescale would differ by 2e-5.
+    assert (found - expected).norm() < 1e-5 * expected.norm()
