@@ -13,7 +13,7 @@ the GPU.
 
 Ours is flushed to the disk and verified, theirs are not, so `cp` is also timed with a `sync`. The scripts' turns come
 behind those of `cp` and ours: where a virtual machine gives free memory back to its host, the many GB that one of them
-leaves keep processors busy during what comes next.
+leaves keep processors busy during what comes next. On the CPU, hence, memory is used and freed before each.
 """
 
 from __future__ import annotations
@@ -109,8 +109,9 @@ def on_cpu(models: list[str], times: int) -> int:
             output = place / "output.safetensors"
             peers = commands(model, base, lora, output, "cpu")
             scripts = ["script", "wide", *(["popular"] if model == "sd15" else [])]  # SDXL's takes 23 GB of memory
-            found = in_turns({name: peers[name] for name in ("cp", "flushed", "ours")}, times, fresh(output))
-            found |= in_turns({name: peers[name] for name in scripts}, times, fresh(output))
+            prepare = fresh(output, 3 * size)
+            found = in_turns({name: peers[name] for name in ("cp", "flushed", "ours")}, times, prepare)
+            found |= in_turns({name: peers[name] for name in scripts}, times, prepare)
             name = f"{model} ({size / MB:,.0f} MB)"
             ours = found["ours"]
             budgets += [
