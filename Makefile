@@ -10,7 +10,7 @@ FUZZ_SECONDS ?= 120
 FUZZED := header pickles config index recipes
 
 # Every line and branch of these is run: what reads headers and pickles, and what writes.
-COVERED := header kinds look safetensors archive unpickle torch_names torch_tensors flatten strided pickle_magic pickles \
+COVERED := header kinds look safetensors archive unpickle torch_names torch_tensors flatten strided pickles \
 	atomic stream ahead bundle
 comma := ,
 empty :=

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from loratool.core.errors import FormatError
-from loratool.files.pickle_magic import MAGIC
+from loratool.files.kinds import ZIP
 from loratool.files.safetensors import FileRange, OpenFile
 
 MAX_RECORDS = 40_000
@@ -184,7 +184,7 @@ def _data_start(file: OpenFile, entry: _Entry, name: str, limit: int) -> int:
         raise FormatError(f"begins at byte {entry.start}, in the zip directory at {limit}", key=name, hint=_DAMAGED)
     raw = file.pread(head - entry.start, entry.start)
     magic, _, flags, method, _, _, crc, packed, nbytes, named, extra = _LOCAL.unpack_from(raw)
-    if magic != MAGIC or named != len(entry.name) or raw[_LOCAL.size :] != entry.name:
+    if magic != ZIP or named != len(entry.name) or raw[_LOCAL.size :] != entry.name:
         raise FormatError("has another name in its local header, or none", key=name, hint=_DAMAGED)
     if method or flags & ~_UTF8 != entry.flags & ~_UTF8 or head + extra > limit:
         raise FormatError("has a local header that tells other things than the directory", key=name, hint=_DAMAGED)

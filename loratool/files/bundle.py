@@ -14,8 +14,7 @@ from loratool.core.registry import components
 from loratool.core.tensor import LazyTensor
 from loratool.files.atomic import atomic_write, check_room, flush_folder, scratch_folder
 from loratool.files.gguf import is_gguf, read_gguf, write_gguf
-from loratool.files.pickle_magic import is_pickle
-from loratool.files.safetensors import OpenFile, file_size, read_header, write_safetensors
+from loratool.files.safetensors import OpenFile, file_size, is_pickle, read_header, write_safetensors
 
 MODEL = "adapter_model.safetensors"
 OLD_MODEL = "adapter_model.bin"

@@ -14,8 +14,7 @@ from typing import Any
 from loratool.core.errors import FormatError, LoratoolError, few
 from loratool.core.tensor import LazyTensor
 from loratool.files.bundle import PICKLES
-from loratool.files.pickle_magic import is_pickle
-from loratool.files.safetensors import Header, OpenFile, read_header
+from loratool.files.safetensors import Header, OpenFile, is_pickle, read_header
 
 WEIGHTS = ".safetensors"
 PIPELINE = "model_index.json"

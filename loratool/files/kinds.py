@@ -13,6 +13,12 @@ MAX_HEADER = 100_000_000
 HEAD = 4096
 """So many first bytes tell what a file is."""
 
+TAIL = 1 << 16
+"""And so many last ones what a zip archive holds."""
+
+ZIP = b"PK\x03\x04"
+"""How a zip archive with something in it begins."""
+
 PICKLE_HINT = "rewrite it once: loratool convert FILE -o FILE.safetensors"
 
 _RESAVE = "resave it as safetensors"
@@ -35,6 +41,9 @@ TORCH_ZIP = Kind("torch-zip", "it is a PyTorch file (a zip with a pickle in it)"
 PICKLE = Kind("pickle", "it is a pickle (an old PyTorch file)", PICKLE_HINT)
 TEXT = Kind("text", "it is plain text", _OTHER)
 
+PICKLED = (PICKLE, TORCH_ZIP)
+"""What is read as pickles."""
+
 _MAGIC = (
     (b"version https://git-lfs", LFS),
     (b"GGUF", Kind("gguf", "it is a GGUF model", "use the safetensors version of the file")),
@@ -55,29 +64,40 @@ _MAGIC = (
     (b"\x7fELF", Kind("program", "it is a program", "do not run it: it is no LoRA")),
     (b"MZ", Kind("program", "it is a Windows program", "do not run it: it is no LoRA")),
 )
-_TORCH_PARTS = (b"data.pkl", b"/.format_version", b"/.data/")
+_TORCH_PARTS = (b"/data.pkl", b"/.format_version", b"/.data/")
 _ONNX = re.compile(rb"\x08[\x01-\x20](?:\x12.[\x20-\x7e]{2}|[\x1a-\x3a].)", re.DOTALL)
-_PICKLED = re.compile(rb"\x80[\x02-\x05]")
-_OLD_PICKLE = re.compile(rb"\([dl]p\d+\n|c[\w.]+\n\w+\n|[\]}]q\x00")
+_PICKLED = re.compile(rb"\x80[\x01-\x05]")
+# Pickles before protocol 2 have no magic number: they begin with a name, with a mark and what it becomes, with an empty
+# dict or list, or with the number with which PyTorch begins. A text may begin with "(the": hence what follows.
+_OLD_PICKLE = re.compile(
+    rb"""\(*[ci][\w.]+\r?\n[\w.]+\r?\n[(pq)}X]
+    | \([dlt](p\d*\n | q. | \. | [FIL]-?\d | S['"] | [(\]})\x80-\xff])
+    | [\]}](q. | p\d+\n)
+    | L\d+L\n\.""",
+    re.DOTALL | re.VERBOSE,
+)
 _ERROR = re.compile(rb'[{,\[]\s*"(?:error|errors|message|detail|status|statuscode)"\s*:', re.IGNORECASE)
 
 
-def kind_of(head: bytes, size: int) -> Kind | None:
-    """What a file of `size` bytes is by its first HEAD bytes; None if it begins like safetensors."""
+def kind_of(head: bytes, size: int, tail: bytes = b"") -> Kind | None:
+    """What a file of `size` bytes is by its first HEAD bytes; None if it begins like safetensors.
+
+    `tail`: its last TAIL bytes, if it begins with ZIP.
+    """
     length = int.from_bytes(head[:LENGTH], "little")
     if size >= LENGTH and 0 < length <= MAX_HEADER and head[LENGTH : LENGTH + 1] == b"{":
         return None
     if not size:
         return Kind("empty", "it is empty", DOWNLOAD)
-    return _binary(head) or _textual(head) or _header(head, size, length) or _unknown(head, size, length)
+    return _binary(head, tail) or _textual(head) or _header(head, size, length) or _unknown(head, size, length)
 
 
-def _binary(head: bytes) -> Kind | None:
+def _binary(head: bytes, tail: bytes) -> Kind | None:
     for magic, kind in _MAGIC:
         if head.startswith(magic):
             return kind
-    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        torch = any(mark in head for mark in _TORCH_PARTS)
+    if head.startswith((ZIP, b"PK\x05\x06")):
+        torch = any(mark in part for mark in _TORCH_PARTS for part in (head, tail))
         return TORCH_ZIP if torch else Kind("zip", "it is a zip archive", _UNPACK)
     if head[257:262] == b"ustar":
         return Kind("tar", "it is a tar archive", _UNPACK)

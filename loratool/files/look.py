@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from loratool.core.adapter import Bundle
 from loratool.core.tensor import LazyTensor
 from loratool.files.header import LENGTH, Scan, scan
-from loratool.files.kinds import HEAD, Kind, kind_of
-from loratool.files.safetensors import FileRange, OpenFile
+from loratool.files.kinds import Kind
+from loratool.files.safetensors import FileRange, OpenFile, announced
 
 _SPECIAL = {
     stat.S_IFIFO: "a pipe",
@@ -76,11 +76,9 @@ class File:
 def look(path: str) -> File:
     """Opens a file and reads its header, however broken. Raises FormatError for what is no file to be read."""
     handle = OpenFile(path)
-    head = handle.pread(min(handle.size, HEAD), 0)
-    kind = kind_of(head, handle.size)
+    kind, length = announced(handle)
     if kind is not None:
         return File(path, handle, kind)
-    length = int.from_bytes(head[:LENGTH], "little")
     cut = max(length + LENGTH - handle.size, 0)
     if cut:
         return File(path, handle, None, length, cut)

@@ -15,7 +15,7 @@ from loratool.core.adapter import Bundle
 from loratool.core.errors import FormatError, LoratoolError
 from loratool.files.archive import read_archive
 from loratool.files.flatten import Flat, flatten, left_out
-from loratool.files.pickle_magic import MAGIC
+from loratool.files.kinds import ZIP
 from loratool.files.safetensors import FileRange, OpenFile
 from loratool.files.torch_names import Storage, meanings
 from loratool.files.torch_tensors import Room, tensor_of
@@ -56,7 +56,7 @@ def read_pickle(path: str | os.PathLike[str]) -> Bundle:
 
 
 def _read(file: OpenFile) -> Bundle:
-    zipped = file.pread(min(file.size, len(MAGIC)), 0) == MAGIC
+    zipped = file.pread(min(file.size, len(ZIP)), 0) == ZIP
     contents = _zipped(file) if zipped else _legacy(file)
     flat = flatten(contents.root)
     if not flat.tensors:

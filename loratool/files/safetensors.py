@@ -15,7 +15,7 @@ from loratool.core.errors import FormatError, LoratoolError
 from loratool.core.tensor import CHUNK, DTYPES, SERIAL_ORDER, LazyTensor
 from loratool.files.header import DOWNLOAD, LENGTH, METADATA, Scan, scan
 from loratool.files.header import short as _short
-from loratool.files.kinds import HEAD, MAX_HEADER, kind_of
+from loratool.files.kinds import HEAD, MAX_HEADER, PICKLED, TAIL, ZIP, Kind, kind_of
 
 MODEL_HASH = "sshs_model_hash"
 EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
@@ -75,9 +75,8 @@ def check_quick(path: str | os.PathLike[str], header_bytes: int, tensors: int) -
     What is no safetensors file passes: reading it will say so.
     """
     file = OpenFile(os.fspath(path))
-    head = file.pread(min(file.size, HEAD), 0)
-    length = int.from_bytes(head[:_LENGTH], "little")
-    if kind_of(head, file.size) is not None or length > file.size - _LENGTH:
+    kind, length = announced(file)
+    if kind is not None or length > file.size - _LENGTH:
         return
     hint = "`loratool validate` looks at files of any size"
     if length > header_bytes:
@@ -202,13 +201,27 @@ def _check_regular(mode: int, path: str) -> None:
         raise FormatError(f"is {kind}, expected a safetensors file", file=path, hint="name a file on disk")
 
 
+def announced(file: OpenFile) -> tuple[Kind | None, int]:
+    """What a file is by its bytes, None if it begins like safetensors; and the length of the header it announces."""
+    head = file.pread(min(file.size, HEAD), 0)
+    size = min(file.size, TAIL) if head.startswith(ZIP) else 0
+    kind = kind_of(head, file.size, file.pread(size, file.size - size))
+    return kind, int.from_bytes(head[:_LENGTH], "little")
+
+
+def is_pickle(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a PyTorch file or another pickle, by its bytes.
+
+    Raises FormatError for what is no regular file or cannot be opened.
+    """
+    return announced(OpenFile(os.fspath(path)))[0] in PICKLED
+
+
 def _header_length(file: OpenFile) -> int:
     """The length of the JSON, checked. Raises FormatError that says what the file is if not safetensors."""
-    head = file.pread(min(file.size, HEAD), 0)
-    kind = kind_of(head, file.size)
+    kind, length = announced(file)
     if kind is not None:
         raise FormatError(f"is not a safetensors file: {kind.what}", hint=kind.hint)
-    length = int.from_bytes(head[:_LENGTH], "little")
     if length > file.size - _LENGTH:
         missing = length + _LENGTH - file.size
         raise FormatError(

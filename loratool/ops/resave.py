@@ -13,7 +13,7 @@ from loratool.core.adapter import Bundle
 from loratool.core.errors import LoratoolError, UsageError
 from loratool.core.tensor import same_bytes
 from loratool.files.bundle import adapter_files, bundle_size, check_output, read_bundle, write_bundle
-from loratool.files.pickle_magic import is_pickle
+from loratool.files.safetensors import is_pickle
 from loratool.ops.headers import with_history
 from loratool.ops.save import NotTheSame
 

@@ -14,6 +14,7 @@ from loratool.core.finding import ERROR, SEVERITIES, WARNING, Finding
 from loratool.core.registry import checks
 from loratool.core.tensor import LazyTensor
 from loratool.files.bundle import MODEL, OLD_MODEL, adapters_in, is_component_folder, model_of, side_file
+from loratool.files.kinds import PICKLED
 
 if TYPE_CHECKING:
     from loratool.files.look import File
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 
 DEEP_UP_TO = 1 << 30
 """Bytes up to which numbers are read without being asked to."""
-
-PICKLED = frozenset({"torch-zip", "pickle"})
-"""Kinds of files that are read as pickles."""
 
 MOST_OF_ONE = 500
 """So many findings of one code are kept for a file; the others are counted."""
@@ -145,7 +143,7 @@ def _looked(path: str) -> tuple[File, list[Finding]]:
 
     file = look(path)
     findings = list(_run("file", file))
-    if file.kind is not None and file.kind.id in PICKLED:
+    if file.kind in PICKLED:
         try:
             file = replace(file, unpickled=read_pickle(path))
         except LoratoolError as error:

@@ -39,6 +39,13 @@ KINDS = [
     ("unknown", announced(MAX_HEADER + 1, b"\xff\xff")),
     ("unknown", b"\xff" * HEAD),  # no text in the middle either
     ("unknown", b"a" * (HEAD - 10) + b"\xff" * 10),
+    ("text", b"(this is no pickle)"),
+    ("pickle", b"(dS'a'\nI1\ns."),
+    ("pickle", b"(lp0\n."),
+    ("pickle", b"cposix\nsystem\n(S'ls'\ntR."),
+    ("pickle", b"\x80\x01}q\x00."),
+    ("zip", b"PK\x03\x04" + bytes(30)),
+    ("torch-zip", b"PK\x03\x04" + bytes(26) + b"archive/data.pkl"),
     ("too-short", b"\x01\x02\x03"),
     ("too-short", b"abc"),
 ]

@@ -17,9 +17,8 @@ import torch
 from loratool.core.errors import FormatError
 from loratool.core.tensor import LazyTensor
 from loratool.files.bundle import read_bundle
-from loratool.files.pickle_magic import is_pickle
 from loratool.files.pickles import read_pickle
-from loratool.files.safetensors import FileRange, write_safetensors
+from loratool.files.safetensors import FileRange, is_pickle, write_safetensors
 from loratool.files.torch_names import NAMES, STORAGES, TORCH_DTYPES
 from tests.pickles import (
     EMPTY,
@@ -314,7 +313,7 @@ def test_pickles_are_known_by_their_bytes(tmp_path: Path, protocol: int, value: 
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\x80", b"PK\x03\x04", b"hello", b"cat\ndog\nhouse\n", b"\0" * 99, b"{}", b"<html>", b"GGUF"],
+    [b"", b"\x80", b"PK\x03\x04", b"hello", b"cat\ndog\nhouse\n", b"\0" * 99, b"{}", b"<html>", b"GGUF", b"(the best)"],
     ids=repr,
 )
 def test_other_files_are_none(tmp_path: Path, data: bytes) -> None:
