@@ -321,13 +321,9 @@ class _Reader:
         if value.kind == '"' and value.content in DTYPES:
             return str(value.content)
         found = short(value.content) if value.kind == '"' else self.told(value)
-        self.unknown_dtype(key, value.start, found)
+        message = f"has dtype {found}, expected one of {', '.join(DTYPES)}"
+        self.fault("bad-dtype", value.start, message, key, "a newer loratool may know it")
         return None
-
-    def unknown_dtype(self, key: str, byte: int, found: str) -> None:
-        known = ", ".join(DTYPES)
-        message = f"has dtype {found}, expected one of {known}"
-        self.fault("bad-dtype", byte, message, key, "a newer loratool may know it")
 
     def sizes(self, key: str, value: _Value | None, code: str, name: str, expected: str) -> tuple[int, ...] | None:
         """A list of whole numbers below 2^64."""
@@ -347,11 +343,7 @@ class _Reader:
         self, key: str, byte: int, dtype: str, shape: tuple[int, ...], start: int, stop: int, at: int
     ) -> Entry | None:
         """The entry, if its numbers agree."""
-        bits = DTYPES.get(dtype)
-        if bits is None:
-            self.unknown_dtype(key, at, short(dtype))
-            return None
-        bits = _times(bits, shape)
+        bits = _times(DTYPES[dtype], shape)
         if bits is None:
             text = short(list(shape))
             self.fault("shape-overflow", at, f"has shape {text}: more bits than fit 64 bits", key)

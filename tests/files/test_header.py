@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from loratool.files import header
 from loratool.files.header import LENGTH, Scan, scan
 
 
@@ -73,6 +74,32 @@ def test_a_dtype_that_nobody_knows_is_named(ends: bytes) -> None:
     assert "a" not in found.entries
     assert [(fault.code, fault.key) for fault in found.faults] == [("bad-dtype", "a")]
     assert "has dtype 'F33', expected one of" in found.faults[0].message
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b'{"a\xff":' + ONE + b',"z":' + TWO + b"}", b'{"__metadata__":{"k\xff":"1","z":"2"}}'],
+    ids=["a tensor's", "metadata's"],
+)
+def test_a_name_that_is_no_text_among_others(raw: bytes) -> None:
+    """Where the others could be read at once."""
+    found = scan(raw, 2)
+    assert found.first is not None and found.first.code == "not-utf8"
+    assert found.first.byte - LENGTH == raw.index(b"\xff")
+
+
+def test_more_spellings_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(header, "_SPELLED", 2)
+    ends = [1, 3, 6, 10, 11, 13]
+    parts, begin = [], 0
+    for end in ends:
+        parts.append(f'"{end}":{{"dtype":"U8","shape":[{end - begin}],"data_offsets":[{begin},{end}]}}')
+        begin = end
+    found = scan(f"{{{','.join(parts)}}}".encode(), 13)
+    assert not found.faults
+    assert [(entry.shape, entry.stop) for entry in found.entries.values()] == [
+        ((size,), end) for size, end in zip([1, 2, 3, 4, 1, 2], ends, strict=True)
+    ]
 
 
 def test_a_text_of_many_escapes_is_read_in_steps() -> None:

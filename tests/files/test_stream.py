@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -162,6 +163,37 @@ def test_one_flipped_bit_is_noticed(
         with pytest.raises(FormatError, match="are not the same in what was written") as caught:
             output.copy(source, what, buffers, verify=True)
     assert caught.value.file == str(tmp_path / "a")
+
+
+@pytest.mark.parametrize("why", ["another system", "refused"])
+def test_what_the_system_does_not_copy_is_copied(tmp_path: Path, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> int:
+        assert why == "refused"
+        raise OSError(errno.EXDEV, "refused")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    if why == "another system":
+        monkeypatch.setattr(stream.sys, "platform", "darwin")
+    header = handmade(tmp_path / "a", MIXED)
+    again = written(tmp_path / "b", header, plan_like(header), frozenset(), {})
+    assert contents(read_header(again)) == contents(header)
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no tmpfs")
+def test_room_is_made_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reserved from a byte of the file on; made ready from one of the data on, when all may hurry."""
+    monkeypatch.setattr(ahead, "_FEW_CPUS", 0)
+    with TemporaryDirectory(dir="/dev/shm") as folder:
+        place = Path(folder) / "b"
+        place.touch()
+        with Output(place, 4096, Plan({}, 4 << 20)) as output:
+            assert output.reserve(0, 4096) and os.fstat(output.fd).st_blocks * 512 == 4096
+            output.hurry()
+            if not output.fills:
+                pytest.skip("the system maps nothing")
+            output.make_ready(1 << 20, 8192)
+            assert output.fills and os.fstat(output.fd).st_blocks * 512 == 3 * 4096
+            assert os.lseek(output.fd, 4096, os.SEEK_DATA) == 4096 + (1 << 20)
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no tmpfs")
