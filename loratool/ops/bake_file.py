@@ -67,6 +67,8 @@ def bake_file(
             raise UsageError("--undo cannot undo --dtype: a cast loses bits", hint="keep the base")
         if options.format is not None:
             raise UsageError("--undo cannot undo --format: other names are not taken back", hint="keep the base")
+        if output is not None and os.path.realpath(undo) == os.path.realpath(output):
+            raise UsageError("--undo and -o name the same file", file=os.fspath(undo), hint="name two files")
         check_output(undo, [*paths, *([os.fspath(output)] if output is not None else [])], False, options.overwrite)
     hashes = recipe.hashing([one.path for one in asked])
     task = prepared(base, asked, options, architecture)

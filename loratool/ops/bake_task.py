@@ -81,7 +81,7 @@ class Task:
             return self.files[0].metadata
         headers = [file.header.metadata for weights in self.checkpoint.sets for file in weights.files]
         told: list[Any] = []
-        for entry in (one for header in headers for one in _bakes(header)):
+        for entry in (one for header in headers for one in bakes_in(header)):
             told += [entry] if entry not in told else []
         return {"format": "pt", **({ENTRY: json.dumps(told)} if told else {})}
 
@@ -266,10 +266,10 @@ def record(asked: Sequence[Asked], digests: Sequence[str], base: str, options: O
 
 def with_record(metadata: Mapping[str, str], told: Mapping[str, Any]) -> dict[str, str]:
     """The header with one more bake in its list."""
-    return {**metadata, ENTRY: json.dumps([*_bakes(metadata), told])}
+    return {**metadata, ENTRY: json.dumps([*bakes_in(metadata), told])}
 
 
-def _bakes(metadata: Mapping[str, str]) -> list[Any]:
+def bakes_in(metadata: Mapping[str, str]) -> list[Any]:
     """What a header says of the bakes before."""
     try:
         before = json.loads(metadata.get(ENTRY, "[]"))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +23,7 @@ from loratool.files.stream import Output, copies, plan_like
 from loratool.ops import recipe
 from loratool.ops.bake_copy import Copier
 from loratool.ops.bake_file import bake_file
-from loratool.ops.bake_report import BakeReport
-from loratool.ops.bake_task import ENTRY, FileTask, Options
+from loratool.ops.bake_task import FileTask, Options, Task, bakes_in, prepared
 from loratool.ops.bake_work import Desk
 from loratool.ops.bake_write import Progress, Ticker, size_of, temporary_places
 from loratool.ops.baking import GPU_THREADS, Destination
@@ -34,7 +33,7 @@ from loratool.ops.open import open_adapter
 from loratool.ops.pool import each, threads
 from loratool.ops.predict import Back
 from loratool.ops.rounding import ulp
-from loratool.ops.sites import Site
+from loratool.ops.sites import Fixed, Site
 from loratool.ops.stored import byte_range, part_of, scale_column
 from loratool.ops.undo import Undo, UndoFile, UndoSite, read_undo, tensor_of
 
@@ -92,7 +91,10 @@ def unbake_file(
                 task.file: stack.enter_context(Output(places.files[task.file], len(told.header), task.plan))
                 for task, told in zip(tasks, opened.files, strict=True)
             }
-            _restore(tasks, outputs, list(zip(sites, opened.sites, strict=True)), devices, progress)
+            try:
+                _restore(tasks, outputs, list(zip(sites, opened.sites, strict=True)), devices, progress)
+            except FormatError as error:
+                raise error.with_file(undo) from error.__cause__
             for task, told in zip(tasks, opened.files, strict=True):
                 outputs[task.file].finish(told.header)
         for told in opened.files:
@@ -138,11 +140,8 @@ _OTHER = "name the undo file that was written with this checkpoint"
 
 
 def _last_bake(file: WeightFile) -> object:
-    try:
-        found = json.loads(file.header.metadata[ENTRY])
-        return found[-1]
-    except (KeyError, ValueError, IndexError, TypeError, RecursionError):
-        return None
+    found = bakes_in(file.header.metadata)
+    return found[-1] if found else None
 
 
 def _site(checkpoint: CheckpointFiles, files: Mapping[str, WeightFile], told: UndoSite) -> Site:
@@ -212,11 +211,12 @@ def _rows(desk: Desk, site: Site, frame: Frame, back: Back, old: Tensor | None, 
 
 class Doubt:
     """Counts values whose last bits a bake had rounded away: those that were stored with larger steps than they have
-    now. A `baking.Recorder`."""
+    now, and where it rounded at random (`stochastic`) a quarter of all. A `baking.Recorder`."""
 
-    def __init__(self) -> None:
+    def __init__(self, stochastic: bool = False) -> None:
         self._lock = Lock()
-        self.values = self.doubtful = 0
+        self._stochastic = stochastic
+        self.values, self.doubtful = 0, 0.0
         self.square = self.norm = 0.0
 
     def block(self, site: Site, row: int, stored: Tensor, written: Tensor, scale: Tensor | None) -> None:
@@ -224,9 +224,17 @@ class Doubt:
         old = 1.0 if site.scale is None else part_of(scale_column(site.scale, str(stored.device)), row, len(stored))
         new = 1.0 if scale is None else part_of(scale, row, len(written))
         before, after = ulp(stored.float(), site.tensor.dtype) * old, ulp(written.float(), site.dtype) * new
-        larger = before > after if site.scale is None else torch.ones_like(before, dtype=torch.bool)
-        counted = int(larger.sum())
-        square = float((before.double().square() * larger).sum()) / 12  # a rounding error, spread evenly over a step
+        # A rounding error is spread evenly over a step; one to a random side over two of them, less at their ends, so
+        # that rounding it again to steps of the same size moves a quarter of the values by one.
+        variance, same = (1 / 6, 1 / 4) if self._stochastic else (1 / 12, 0.0)
+        if site.scale is None:
+            larger, equal = before > after, before == after
+            share = larger + same * equal
+            off = before.double().square() * (variance * larger + same * equal)
+        else:  # the scale was a fresh one, and is again: the numbers are rounded twice
+            share = torch.ones_like(before)
+            off = variance * before.double().square() + after.double().square() / 12
+        counted, square = float(share.sum()), float(off.sum())
         norm = float((written.double() * new).square().sum())
         with self._lock:
             self.values += stored.numel()
@@ -272,8 +280,14 @@ def subtract_file(
                 file=one.path,
                 hint="use the undo file that `bake --undo` writes",
             )
-    doubt = Doubt()
-    told = [replace(one, weight=-one.weight) for one in asked]
+    record = _Record(baked)
+    digests = recipe.hashing([one.path for one in asked])()
+    told = [
+        replace(record.completed(one, digest), weight=-one.weight) for one, digest in zip(asked, digests, strict=True)
+    ]
+    check_output(output, [os.fspath(baked), *(one.path for one in asked)], os.path.isdir(baked), options.overwrite)
+    _check_sums(prepared(baked, told, options, None))
+    doubt = Doubt(record.stochastic)
     done = bake_file(baked, told, output, options, recorder=doubt, progress=progress)
     return UnbakeReport(
         baked=str(baked),
@@ -285,26 +299,57 @@ def subtract_file(
         files={},
         doubtful=doubt.share,
         error=doubt.error,
-        notes=(*_unrecorded(baked, asked, done), *done.notes),
+        notes=(*record.notes(asked, digests), *done.notes),
         size=done.size,
         seconds=done.seconds,
     )
 
 
-def _unrecorded(baked: str | os.PathLike[str], asked: Sequence[Asked], done: BakeReport) -> list[str]:
-    """What the record in the header does not say of what was taken out."""
-    checkpoint = read_checkpoint(baked)
-    bakes = [_last_bake(file) for weights in checkpoint.sets for file in weights.files]
-    known = [
-        (one.get("sha256"), one.get("strength"))
-        for bake in bakes
-        if isinstance(bake, dict)
-        for one in bake.get("adapters", [])
-        if isinstance(one, dict)
-    ]
-    missing = [
-        recipe.file_name(one.path)
-        for one, found in zip(asked, done.adapters, strict=True)
-        if (found.sha256, one.weight) not in known
-    ]
-    return [f"the header does not say that {name} was baked into it at this strength" for name in missing]
+def _check_sums(task: Task) -> None:
+    """Raises LoratoolError for tensors that the adapters replace: what was there before is not known any more."""
+    for site in task.found.sites:
+        for part in site.parts:
+            if isinstance(part, Fixed) and part.replaces:
+                raise LoratoolError(
+                    "takes the place of the base's tensor, which cannot be subtracted",
+                    file=part.adapter,
+                    key=part.title,
+                    hint="use the undo file that `bake --undo` writes",
+                )
+
+
+class _Record:
+    """What the header of a checkpoint says of all its bakes."""
+
+    def __init__(self, baked: str | os.PathLike[str]) -> None:
+        files = [file for weights in read_checkpoint(baked).sets for file in weights.files]
+        self._bakes = [bake for file in files for bake in bakes_in(file.header.metadata) if isinstance(bake, dict)]
+        self._known: dict[tuple[object, object], Any] = {}
+        for bake in self._bakes:
+            adapters = bake.get("adapters")
+            for one in adapters if isinstance(adapters, list) else ():
+                if isinstance(one, dict) and isinstance(one.get("strength"), (int, float)):
+                    self._known[str(one.get("sha256")), one["strength"]] = one.get("blocks")
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether something was rounded at random."""
+        return any(bake.get("rounding") == "stochastic" for bake in self._bakes)
+
+    def completed(self, asked: Asked, digest: str) -> Asked:
+        """With the block weights at which it was baked."""
+        blocks = self._known.get((digest, asked.weight))
+        usable = asked.blocks is None and isinstance(blocks, (str, dict))
+        return replace(asked, blocks=blocks) if usable else asked
+
+    def notes(self, asked: Sequence[Asked], digests: Sequence[str]) -> Iterator[str]:
+        """What a user should know of what was taken out."""
+        for one, digest in zip(asked, digests, strict=True):
+            name = recipe.file_name(one.path)
+            if (digest, one.weight) not in self._known:
+                yield f"the header does not say that {name} was baked into it at this strength"
+            elif self.completed(one, digest) is not one:
+                yield f"{name} was baked with block weights, and is subtracted with them"
+        casts = {str(bake["dtype"]) for bake in self._bakes if "dtype" in bake}
+        if casts:
+            yield f"it was cast to {few(sorted(casts))} when it was baked: what that rounded away is not counted"

@@ -39,7 +39,7 @@ def _rows(report: UnbakeReport) -> Iterator[tuple[str, str, str]]:
         for name, digest in report.files.items():
             yield "sha256", digest + (f"  {inert(name, 100)}" if name else ""), ""
     else:
-        share = f"About {report.doubtful or 0:.2%} of the changed values may be off by a unit in their last place"
+        share = f"About {report.doubtful or 0:.2%} of the changed values may be off in their last places"
         text = f"approximate: what rounding took is lost. {share}, a relative error of {short(report.error or 0)}"
         yield "result", f"{text}. Only bake --undo gives the base back bit for bit", "yellow"
     for note in report.notes:

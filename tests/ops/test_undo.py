@@ -26,7 +26,7 @@ from loratool.ops.inputs import Asked
 from loratool.ops.predict import coarse
 from loratool.ops.unbake_file import subtract_file, unbake_file
 from loratool.ops.undo import read_undo
-from tests.bakes import CONV, DIFFUSERS, KEYS, OUT, TEXT, K, Q, V, kohya, load, noise, peft, save
+from tests.bakes import CONV, DIFFUSERS, KEYS, OUT, TEXT, K, Q, V, factors, kohya, load, noise, peft, save
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 PAIRS = list(itertools.product(DEVICES, DEVICES))
@@ -319,6 +319,81 @@ def test_subtracting_says_what_was_not_recorded(tmp_path: Path) -> None:
     bake_file(base, [Asked(str(path), 0.8)], baked)
     report = subtract_file(baked, [Asked(str(path), 0.7)], tmp_path / "again.safetensors", Options())
     assert len(report.notes) == 1 and "does not say" in report.notes[0]
+
+
+def distance(again: Path, base: Path) -> tuple[float, float]:
+    """The relative error of the weights, and the share of values that are others."""
+    before, after = load(base), load(again)
+    keys = [KEYS[stem] for stem in SHAPES]
+    off = math.sqrt(sum(float((after[key].double() - before[key].double()).square().sum()) for key in keys))
+    size = math.sqrt(sum(float(before[key].double().square().sum()) for key in keys))
+    wrong = sum(int((after[key] != before[key]).sum()) for key in keys)
+    return off / size, wrong / sum(before[key].numel() for key in keys)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_what_was_rounded_at_random_is_told_to_be_further_off(tmp_path: Path, dtype: str) -> None:
+    base = checkpoint(tmp_path / "base.safetensors", DTYPES[dtype])
+    asked = [Asked(str(lora(tmp_path / "lora.safetensors", 0.01)), 0.8)]
+    baked, again = tmp_path / "baked.safetensors", tmp_path / "again.safetensors"
+    bake_file(base, asked, baked, Options(rounding="stochastic"))
+    report = subtract_file(baked, asked, again, Options())
+    error, wrong = distance(again, base)
+    assert report.error is not None and report.doubtful is not None
+    assert 0.7 * error < report.error < 1.5 * error
+    assert 0.7 * wrong < report.doubtful < 1.5 * wrong
+
+
+def test_block_weights_are_subtracted_as_they_were_baked(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base.safetensors", torch.float32)
+    path = lora(tmp_path / "lora.safetensors")
+    baked, again = tmp_path / "baked.safetensors", tmp_path / "again.safetensors"
+    bake_file(base, [Asked(str(path), 0.8, {"entries": [["text_encoder*", 0.0]], "rest": 0.5})], baked)
+    report = subtract_file(baked, [Asked(str(path), 0.8)], again, Options())
+    assert distance(again, base)[0] < 1e-6
+    assert report.notes == ("lora.safetensors was baked with block weights, and is subtracted with them",)
+
+
+def test_every_bake_is_looked_for_in_the_header(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base.safetensors", torch.float16)
+    one, other = lora(tmp_path / "one.safetensors"), lora(tmp_path / "other.safetensors", 0.02)
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    bake_file(base, [Asked(str(one))], first)
+    bake_file(first, [Asked(str(other), 0.5)], second)
+    report = subtract_file(second, [Asked(str(one)), Asked(str(other), 0.5)], tmp_path / "again.safetensors", Options())
+    assert report.notes == ()
+
+
+def test_a_cast_is_told(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base.safetensors", torch.float16)
+    path, baked = lora(tmp_path / "lora.safetensors"), tmp_path / "baked.safetensors"
+    bake_file(base, [Asked(str(path))], baked, Options(dtype="BF16"))
+    report = subtract_file(baked, [Asked(str(path))], tmp_path / "again.safetensors", Options())
+    assert len(report.notes) == 1 and "cast to BF16" in report.notes[0]
+
+
+def test_what_took_the_place_of_a_tensor_cannot_be_subtracted(tmp_path: Path) -> None:
+    weight = {"lm_head.weight": noise(64, 32), "model.layers.0.self_attn.q_proj.weight": noise(48, 32, seed=1)}
+    base = save(tmp_path / "base.safetensors", weight, {})
+    up, down = factors((48, 32))
+    stem = "model.layers.0.self_attn.q_proj"
+    tensors = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up, "lm_head.weight": noise(64, 32, seed=2)}
+    adapter = peft(tmp_path / "adapter", tensors, modules_to_save=["lm_head"])
+    baked = tmp_path / "baked.safetensors"
+    bake_file(base, [Asked(str(adapter))], baked)
+    with pytest.raises(LoratoolError, match=r"lm_head.*cannot be subtracted"):
+        subtract_file(baked, [Asked(str(adapter))], tmp_path / "again.safetensors", Options())
+    assert not (tmp_path / "again.safetensors").exists()
+
+
+def test_an_undo_file_is_no_output(tmp_path: Path) -> None:
+    """Not even one that is not there yet."""
+    base = checkpoint(tmp_path / "base.safetensors", torch.float16)
+    path, there = lora(tmp_path / "lora.safetensors"), tmp_path / "x"
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="same file"):
+            bake_file(base, [Asked(str(path))], there, Options(overwrite=overwrite), undo=tmp_path / "." / "x")
+    assert not there.exists()
 
 
 def test_dora_is_not_subtracted(tmp_path: Path) -> None:
