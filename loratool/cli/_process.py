@@ -112,7 +112,7 @@ def _patient(stream: Any, name: str) -> io.TextIOWrapper:
     return io.TextIOWrapper(
         io.BufferedWriter(_Patient(stream.fileno(), name)),
         encoding=stream.encoding,
-        errors=stream.errors,
+        errors="backslashreplace",  # a name that the encoding lacks is no reason to end
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )

@@ -150,8 +150,9 @@ def check_room(folder: Path, nbytes: int) -> None:
         return  # there is no such folder: the writing says so
     free = found.f_bavail * found.f_frsize
     if free < nbytes:
+        unit, name = (1 << 30, "GiB") if nbytes >= 1 << 30 else (1 << 20, "MiB")
         raise LoratoolError(
-            f"there is not enough room: {free / 2**30:.1f} GiB free, {nbytes / 2**30:.1f} GiB needed",
+            f"there is not enough room: {free / unit:.1f} {name} free, {nbytes / unit:.1f} {name} needed",
             file=str(folder),
             hint="free some, or choose another -o",
         )

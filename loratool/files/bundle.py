@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,6 +162,15 @@ def _read_text(path: Path) -> str:
         raise FormatError("is not UTF-8 text", file=str(path)) from error
 
 
+_MODELS = frozenset({CONFIG, "config.json", "model_index.json", "loratool.json", MODEL, MLX_MODEL, OLD_MODEL})
+
+
+def _shallow(place: Path) -> Iterator[Path]:
+    """Files of a folder and of its folders."""
+    for one in place.iterdir():
+        yield from one.iterdir() if one.is_dir() and not one.is_symlink() else (one,)
+
+
 def check_output(path: str | os.PathLike[str], inputs: list[str], folder: bool, overwrite: bool) -> None:
     """Refuses an output before anything is read: one that exists, is an input, or has no folder to be in."""
     place = Path(path)
@@ -172,6 +181,8 @@ def check_output(path: str | os.PathLike[str], inputs: list[str], folder: bool, 
             where = "is part of" if inside else "is" if ours == theirs else "holds"
             message = f"the output {where} an input; an input is never changed"
             raise LoratoolError(message, file=str(path), hint="choose another -o")
+    if place.name in ("", ".."):
+        raise LoratoolError("is no name for an output", file=str(path), hint="name a file or folder that can be made")
     if not place.parent.is_dir():
         raise LoratoolError("its folder does not exist", file=str(path), hint=f"mkdir -p {place.parent}")
     if place.exists():
@@ -180,6 +191,10 @@ def check_output(path: str | os.PathLike[str], inputs: list[str], folder: bool, 
             raise LoratoolError(f"is {kind}; a {'folder' if folder else 'file'} would be written", file=str(path))
         if not overwrite and not (folder and not any(place.iterdir())):
             raise LoratoolError("exists already", file=str(path), hint="use --overwrite to replace it")
+        if folder and any(place.iterdir()) and not any(file.name in _MODELS for file in _shallow(place)):
+            raise LoratoolError(
+                "is a folder without a model in it, which is not replaced", file=str(path), hint="name another -o"
+            )
     if not os.access(place if place.is_dir() else place.parent, os.W_OK):
         raise LoratoolError("its folder cannot be written to", file=str(path))
 

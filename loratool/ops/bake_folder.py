@@ -80,7 +80,8 @@ def restate(folder: Path, task: Task, dtype: str) -> None:
             data = read_index(index)
             old = {file: file.header.size_bytes - file.header.header_bytes for file in weights.files}
             total = sum(rewritten.get(file, old[file]) for file in weights.files)
-            data["metadata"] = {**(data.get("metadata") or {}), "total_size": total}
+            told = data.get("metadata")
+            data["metadata"] = {**(told if isinstance(told, dict) else {}), "total_size": total}
             _replace_json(index, data)
         config = folder / weights.folder / "config.json"
         if config.is_file() and dtype in _TORCH_NAMES:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loratool.core.errors import LoratoolError, UsageError
 from loratool.files.atomic import atomic_write
@@ -84,23 +85,54 @@ def write_base(config: Config, name: str, target: Path) -> None:
 
 
 def _with_base(text: str, path: Path, name: str, target: str) -> str:
-    """The file's text with the entry. Comments and order are kept where the text can be edited in place."""
+    """The file's text with the entry, and everything else as it is. Raises UsageError where it cannot be put in."""
     import yaml
 
-    data: dict[str, Any] = yaml.safe_load(text) or {}
-    wanted = {**data, "bases": {**(data.get("bases") or {}), name: target}}
-    edited = _edited(text, _root(text, path), name, target)
+    # Every value as text: what `on`, `010` or a tag of the user's own means is nobody's business here.
+    before, after = _root(text, path), None
+    edited = _edited(text, before, name, target)
     try:
-        if edited is not None and yaml.safe_load(edited) == wanted:
+        after = _root(edited, path)
+        others = {key: value for key, value in _told(before).items() if key != "bases"}
+        known = {key: value for key, value in _told(_value(before, "bases")).items() if key != name}
+        kept = {key: value for key, value in _told(after).items() if key != "bases"} == others
+        if kept and _told(_value(after, "bases")) == {**known, name: f"{_TEXT} {target}"}:
             return edited
-    except yaml.YAMLError:
-        pass  # a spelling that cannot be edited line by line
-    dumped: str = yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True)
-    return dumped
+    except (yaml.YAMLError, UsageError):
+        pass
+    raise UsageError(f"cannot be edited; write it there by hand: {name}: {target}", file=str(path), key="bases")
 
 
-def _edited(text: str, root: yaml.Node | None, name: str, target: str) -> str | None:
-    """`text` with the entry put into its lines; None where it has no such lines."""
+_TEXT = "tag:yaml.org,2002:str"
+
+
+def _value(root: yaml.Node | None, name: str) -> yaml.Node | None:
+    import yaml
+
+    pairs = root.value if isinstance(root, yaml.MappingNode) else ()
+    return next((node for key, node in pairs if key.value == name), None)
+
+
+def _told(node: yaml.Node | None) -> dict[str, str]:
+    """Keys and values of a mapping as they are written."""
+    import yaml
+
+    pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+    return {str(key.value): f"{value.tag} {_plain(value)}" for key, value in pairs}
+
+
+def _plain(node: yaml.Node) -> str:
+    """A value without its place in the file."""
+    import yaml
+
+    if isinstance(node, yaml.ScalarNode):
+        return str(node.value)
+    parts = (one for pair in node.value for one in (pair if isinstance(pair, tuple) else (pair,)))
+    return f"[{', '.join(f'{part.tag} {_plain(part)}' for part in parts)}]"
+
+
+def _edited(text: str, root: yaml.Node | None, name: str, target: str) -> str:
+    """`text` with the entry put into its lines."""
     import yaml
 
     value = yaml.safe_dump(target, allow_unicode=True, width=_NO_BREAKS).removesuffix("...\n").strip()
@@ -111,11 +143,14 @@ def _edited(text: str, root: yaml.Node | None, name: str, target: str) -> str | 
     key, bases = pairs["bases"]
     if _empty(bases):
         return _put(text, text.index(":", key.end_mark.index) + 1, f"\n  {entry.rstrip()}")
-    if bases.flow_style:
-        return None
     old = next((node for known, node in bases.value if known.value == name), None)
+    if bases.flow_style:  # between braces: text in double quotes is the same in JSON
+        value = json.dumps(target, ensure_ascii=False)
+        entry = f"{json.dumps(name, ensure_ascii=False)}: {value}, "
     if old is not None:
         return _put(text, old.start_mark.index, value, old.end_mark.index)
+    if bases.flow_style:
+        return _put(text, bases.start_mark.index + 1, entry)
     first = bases.value[0][0].start_mark
     return _put(text, first.index, entry + " " * first.column)
 

@@ -355,6 +355,8 @@ def rest_of(sides: Sides, places: Sequence[Place], layout: Layout, dtype: str) -
             found += _weight_rest(sides, place, layout, dtype)
         found += _bias_rest(sides, place, layout, dtype)
     apart = [distance(*pair) for pair in sides.others()]
+    if not all(map(math.isfinite, apart)):
+        raise FormatError("a parameter holds NaN or infinite values", file=sides.tuned.path)
     return (*found, *(Rest(OTHER, norm, None, None) for norm in apart if norm))
 
 
@@ -364,9 +366,8 @@ def _weight_rest(sides: Sides, place: Place, layout: Layout, dtype: str) -> list
         return []
     rows, width = place.module.shape[:2]
     shape = (rows,) if place.kind == NORM else (rows, width)
-    code = torch_dtype(dtype)
     tensor = LazyTensor.computed(
-        shape, dtype, lambda: sides.difference(place.module)[0].reshape(shape).to(code).contiguous()
+        shape, dtype, lambda: _fitting(sides.difference(place.module)[0].reshape(shape), dtype, place)
     )
     return [Rest(place.kind, measured.norm, _key(sides, place, layout, ".diff"), tensor)]
 
@@ -378,8 +379,16 @@ def _bias_rest(sides: Sides, place: Place, layout: Layout, dtype: str) -> list[R
     norm = norm_of(difference[None])
     if not math.isfinite(norm):
         raise FormatError("the bias holds NaN or infinite values", file=sides.tuned.path, key=place.module.title)
-    tensor = LazyTensor.from_torch(difference.to(torch_dtype(dtype)))
+    tensor = LazyTensor.from_torch(_fitting(difference, dtype, place))
     return [Rest(BIAS, norm, _key(sides, place, layout, ".diff_b"), tensor)]
+
+
+def _fitting(difference: Tensor, dtype: str, place: Place) -> Tensor:
+    """A difference as it is stored. Raises LoratoolError where it is beyond the range of the dtype."""
+    made = difference.to(torch_dtype(dtype)).contiguous()
+    if not bool(made.isfinite().all()):
+        raise LoratoolError(f"the difference does not fit {dtype}", key=place.module.title, hint="--dtype bf16 or fp32")
+    return made
 
 
 def _key(sides: Sides, place: Place, layout: Layout, suffix: str) -> str | None:

@@ -254,6 +254,8 @@ def test_an_output_needs_a_folder_and_a_free_name(tmp_path: Path) -> None:
     refused(tmp_path / "a", [], "exists already; use --overwrite", overwrite=False)
     refused(tmp_path / "full", [], "exists already; use --overwrite", folder=True, overwrite=False)
     check_output(tmp_path / "a", [], False, True)
+    refused(tmp_path / "full", [], "a folder without a model in it, which is not replaced", folder=True)
+    put(tmp_path, full___config__json=b"{}")
     check_output(tmp_path / "full", [], True, True)
     check_output(tmp_path / "empty", [], True, False)
 
