@@ -379,8 +379,9 @@ def _bias_rest(sides: Sides, place: Place, layout: Layout, dtype: str) -> list[R
     norm = norm_of(difference[None])
     if not math.isfinite(norm):
         raise FormatError("the bias holds NaN or infinite values", file=sides.tuned.path, key=place.module.title)
-    tensor = LazyTensor.from_torch(_fitting(difference, dtype, place))
-    return [Rest(BIAS, norm, _key(sides, place, layout, ".diff_b"), tensor)]
+    key = _key(sides, place, layout, ".diff_b")
+    tensor = None if key is None else LazyTensor.from_torch(_fitting(difference, dtype, place))
+    return [Rest(BIAS, norm, key, tensor)]
 
 
 def _fitting(difference: Tensor, dtype: str, place: Place) -> Tensor:
@@ -392,8 +393,9 @@ def _fitting(difference: Tensor, dtype: str, place: Place) -> Tensor:
 
 
 def _key(sides: Sides, place: Place, layout: Layout, suffix: str) -> str | None:
-    """The key of a difference; ComfyUI calls a parameter that is no module's `weight` by its own name."""
-    if layout.id not in FULL_LAYOUTS:
+    """The key of a difference; ComfyUI calls a parameter that is no module's `weight` by its own name. In kohya a bias
+    beside a pair would be a second adapter of one module."""
+    if layout.id not in FULL_LAYOUTS or (layout.id == "kohya" and place.kind == LINEAR):
         return None
     voices = layout.written(sides.architecture)
     stem = layout.stem(place.module, sides.architecture, voices)

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from loratool.core.registry import architectures, layouts
 from loratool.core.tensor import LazyTensor
 from loratool.files.bundle import check_output
 from loratool.ops import recipe
-from loratool.ops.extract import Rest, Wish, check_full, check_wish, extract, finite_or_raise, rest_of
+from loratool.ops.extract import BIAS, Rest, Wish, check_full, check_wish, extract, finite_or_raise, rest_of
 from loratool.ops.made import Held, Made, Progress, make, save_made, told
 from loratool.ops.ranks import check_limits
 from loratool.ops.recipe import file_name
@@ -102,7 +102,7 @@ def extract_file(
     model = _named(architecture) if isinstance(architecture, str) else architecture
     before, after = os.fspath(base), os.fspath(tuned)
     sides = open_sides(before, after, model)
-    layout = layouts()[to or default_layout(sides)]
+    layout = layouts()[to or default_layout(sides, full)]
     if not layout.writable:
         raise UsageError(f"the layout {layout.id} is only read", hint="write kohya, diffusers, comfyui or peft")
     if full:
@@ -165,13 +165,18 @@ def extract_file(
         energy=max(1 - off * off, 0.0),
         error=off,
         held=held,
-        notes=_notes(sides, places, layout),
+        notes=(*_notes(sides, places, layout), *_apart(rest, layout, full)),
         seconds=time.perf_counter() - started,
     )
 
 
-def default_layout(sides: Sides) -> str:
-    """kohya, which most programs read; peft for a folder of a model without a table: a language model, most likely."""
+def default_layout(sides: Sides, full: bool = False) -> str:
+    """kohya, which most programs read; peft for a folder of a model without a table: a language model, most likely.
+
+    With `full` comfyui: it has a place for every bias.
+    """
+    if full and "comfyui" in sides.architecture.writes:
+        return "comfyui"
     folder = sides.base_files.folder and sides.architecture.id == "generic"
     return "peft" if folder or "kohya" not in sides.architecture.writes else "kohya"
 
@@ -258,6 +263,14 @@ def _nothing(places: Places, skipped: int, wish: Wish) -> LoratoolError:
         return LoratoolError("has no weight in common with the base", hint="name two checkpoints of one model")
     limit = f" by more than {wish.min_norm:g} of its norm" if wish.min_norm else ""
     return LoratoolError(f"none of its {skipped} linears and convolutions differs from the base{limit}")
+
+
+def _apart(rest: Sequence[Rest], layout: Layout, full: bool) -> Iterator[str]:
+    """What `full` leaves out."""
+    lost = sum(one.kind == BIAS and one.key is None for one in rest) if full else 0
+    if lost:
+        kept = "--to comfyui keeps them"
+        yield f"{layout.id} has no spelling for the bias of a linear or convolution, {lost} are left out: {kept}"
 
 
 def _notes(sides: Sides, places: Places, layout: Layout) -> tuple[str, ...]:

@@ -96,8 +96,10 @@ def _skipped(report: ExtractReport) -> Facts:
 def _other(one: Others) -> tuple[str, str, str]:
     words = _WORDS.get(one.kind, (one.kind, f"{one.kind}s"))
     text = f"{one.count:,} {words[one.count != 1]} differ{'s' if one.count == 1 else ''} (norm {short(one.norm)})"
-    if one.kept:
+    if one.kept == one.count:
         return "in full", f"{text}, kept in full", ""
+    if one.kept:
+        return "in full", f"{text}, {one.kept:,} of them kept in full", ""
     return "left out", f"{text}; no pair holds {'it' if one.count == 1 else 'them'}{_way(one)}", "yellow"
 
 
