@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -109,6 +110,8 @@ def fresh(output: Path, memory: int = 0) -> Callable[[], None]:
     """
 
     def prepare() -> None:
+        if output.is_dir():
+            shutil.rmtree(output)
         output.unlink(missing_ok=True)
         os.sync()
         if memory and sys.platform == "linux":

@@ -19,8 +19,6 @@ leaves keep processors busy during what comes next. On the CPU, hence, memory is
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -199,23 +197,16 @@ def _timed(
 ) -> dict[str, float]:
     """The median seconds of some jobs, done in turns after one round that is not counted."""
     took: dict[str, list[float]] = {job: [] for job in names}
+    prepare = fresh(output)
     for _ in range(times + 1):
         for job in names:
-            _gone(output)
-            os.sync()
+            prepare()
             started = time.perf_counter()
             jobs[job]()
             took[job].append(time.perf_counter() - started)
     for job, seconds in took.items():
         print(f"{job}: first {seconds[0]:.2f} s, then {', '.join(f'{s:.2f}' for s in seconds[1:])}", flush=True)
     return {job: statistics.median(seconds[1:]) for job, seconds in took.items()}
-
-
-def _gone(output: Path) -> None:
-    """Removes the last output, a file or a folder."""
-    if output.is_dir():
-        shutil.rmtree(output)
-    output.unlink(missing_ok=True)
 
 
 def main() -> int:

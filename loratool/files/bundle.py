@@ -162,7 +162,7 @@ def _read_text(path: Path) -> str:
         raise FormatError("is not UTF-8 text", file=str(path)) from error
 
 
-_MODELS = frozenset({CONFIG, "config.json", "model_index.json", "loratool.json", MODEL, MLX_MODEL, OLD_MODEL})
+_MODELS = frozenset({CONFIG, "config.json", "model_index.json", MODEL, MLX_MODEL, OLD_MODEL})
 
 
 def _shallow(place: Path) -> Iterator[Path]:
@@ -189,9 +189,10 @@ def check_output(path: str | os.PathLike[str], inputs: list[str], folder: bool, 
         if folder != place.is_dir():
             kind = "a folder" if place.is_dir() else "a file"
             raise LoratoolError(f"is {kind}; a {'folder' if folder else 'file'} would be written", file=str(path))
-        if not overwrite and not (folder and not any(place.iterdir())):
+        filled = folder and any(place.iterdir())
+        if not overwrite and (filled or not folder):
             raise LoratoolError("exists already", file=str(path), hint="use --overwrite to replace it")
-        if folder and any(place.iterdir()) and not any(file.name in _MODELS for file in _shallow(place)):
+        if filled and not any(file.name in _MODELS for file in _shallow(place)):
             raise LoratoolError(
                 "is a folder without a model in it, which is not replaced", file=str(path), hint="name another -o"
             )

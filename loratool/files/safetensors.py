@@ -204,9 +204,11 @@ def _check_regular(mode: int, path: str) -> None:
 def announced(file: OpenFile) -> tuple[Kind | None, int]:
     """What a file is by its bytes, None if it begins like safetensors; and the length of the header it announces."""
     head = file.pread(min(file.size, HEAD), 0)
-    size = min(file.size, TAIL) if head.startswith(ZIP) else 0
-    kind = kind_of(head, file.size, file.pread(size, file.size - size))
-    return kind, int.from_bytes(head[:_LENGTH], "little")
+    tail = b""
+    if head.startswith(ZIP):
+        size = min(file.size, TAIL)
+        tail = file.pread(size, file.size - size)
+    return kind_of(head, file.size, tail), int.from_bytes(head[:_LENGTH], "little")
 
 
 def is_pickle(path: str | os.PathLike[str]) -> bool:

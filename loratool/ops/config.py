@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratool.core.errors import LoratoolError, UsageError
 from loratool.files.atomic import atomic_write
@@ -86,68 +86,54 @@ def write_base(config: Config, name: str, target: Path) -> None:
 
 def _with_base(text: str, path: Path, name: str, target: str) -> str:
     """The file's text with the entry, and everything else as it is. Raises UsageError where it cannot be put in."""
-    import yaml
-
-    # Every value as text: what `on`, `010` or a tag of the user's own means is nobody's business here.
-    before, after = _root(text, path), None
+    before = _root(text, path)
     edited = _edited(text, before, name, target)
     try:
         after = _root(edited, path)
-        others = {key: value for key, value in _told(before).items() if key != "bases"}
-        known = {key: value for key, value in _told(_value(before, "bases")).items() if key != name}
-        kept = {key: value for key, value in _told(after).items() if key != "bases"} == others
-        if kept and _told(_value(after, "bases")) == {**known, name: f"{_TEXT} {target}"}:
-            return edited
-    except (yaml.YAMLError, UsageError):
-        pass
+    except UsageError:
+        after = None
+    bases = _entries(_entries(after).get("bases"))
+    others = _written(before, "bases") == _written(after, "bases")
+    known = _written(_entries(before).get("bases"), name) == _written(_entries(after).get("bases"), name)
+    if others and known and name in bases and (bases[name].tag, bases[name].value) == (_TEXT, target):
+        return edited
     raise UsageError(f"cannot be edited; write it there by hand: {name}: {target}", file=str(path), key="bases")
 
 
 _TEXT = "tag:yaml.org,2002:str"
 
 
-def _value(root: yaml.Node | None, name: str) -> yaml.Node | None:
+def _entries(node: yaml.Node | None) -> dict[str, Any]:
+    """Keys and values of a mapping; of anything else none."""
     import yaml
 
-    pairs = root.value if isinstance(root, yaml.MappingNode) else ()
-    return next((node for key, node in pairs if key.value == name), None)
+    return {key.value: value for key, value in node.value} if isinstance(node, yaml.MappingNode) else {}
 
 
-def _told(node: yaml.Node | None) -> dict[str, str]:
-    """Keys and values of a mapping as they are written."""
+def _written(node: yaml.Node | None, but: str) -> dict[str, str]:
+    """The entries of a mapping but for one, as they are written: what `on`, `010` or a tag of the user's own means is
+    nobody's business here."""
     import yaml
 
-    pairs = node.value if isinstance(node, yaml.MappingNode) else ()
-    return {str(key.value): f"{value.tag} {_plain(value)}" for key, value in pairs}
+    return {key: yaml.serialize(value, Dumper=yaml.SafeDumper) for key, value in _entries(node).items() if key != but}
 
 
-def _plain(node: yaml.Node) -> str:
-    """A value without its place in the file."""
-    import yaml
-
-    if isinstance(node, yaml.ScalarNode):
-        return str(node.value)
-    parts = (one for pair in node.value for one in (pair if isinstance(pair, tuple) else (pair,)))
-    return f"[{', '.join(f'{part.tag} {_plain(part)}' for part in parts)}]"
-
-
-def _edited(text: str, root: yaml.Node | None, name: str, target: str) -> str:
+def _edited(text: str, root: Any, name: str, target: str) -> str:
     """`text` with the entry put into its lines."""
     import yaml
 
     value = yaml.safe_dump(target, allow_unicode=True, width=_NO_BREAKS).removesuffix("...\n").strip()
     entry = yaml.safe_dump({name: target}, allow_unicode=True, width=_NO_BREAKS)
-    pairs = {key.value: (key, node) for key, node in root.value} if isinstance(root, yaml.MappingNode) else {}
-    if "bases" not in pairs:
+    bases = _entries(root).get("bases")
+    if bases is None:
         return f"{text.rstrip()}\nbases:\n  {entry}".lstrip("\n")
-    key, bases = pairs["bases"]
+    key = next(key for key, node in root.value if node is bases)
     if _empty(bases):
         return _put(text, text.index(":", key.end_mark.index) + 1, f"\n  {entry.rstrip()}")
-    old = next((node for known, node in bases.value if known.value == name), None)
     if bases.flow_style:  # between braces: text in double quotes is the same in JSON
         value = json.dumps(target, ensure_ascii=False)
         entry = f"{json.dumps(name, ensure_ascii=False)}: {value}, "
-    if old is not None:
+    if old := _entries(bases).get(name):
         return _put(text, old.start_mark.index, value, old.end_mark.index)
     if bases.flow_style:
         return _put(text, bases.start_mark.index + 1, entry)

@@ -269,8 +269,8 @@ def _apart(rest: Sequence[Rest], layout: Layout, full: bool) -> Iterator[str]:
     """What `full` leaves out."""
     lost = sum(one.kind == BIAS and one.key is None for one in rest) if full else 0
     if lost:
-        kept = "--to comfyui keeps them"
-        yield f"{layout.id} has no spelling for the bias of a linear or convolution, {lost} are left out: {kept}"
+        what = f"{layout.id} has no spelling for the bias of a linear or convolution"
+        yield f"{what}, {lost} are left out: --to comfyui keeps them"
 
 
 def _notes(sides: Sides, places: Places, layout: Layout) -> tuple[str, ...]:

@@ -131,6 +131,26 @@ def test_writing_keeps_everything_else(tmp_path: Path, text: str, target: str) -
     assert path.read_text(encoding="utf-8").count("#") - target.count("#") == text.count("#")
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "after"),
+    [
+        ("bases:\n  1: /a\n", "1", "bases:\n  1: {0}\n"),
+        ("bases: {{on: /a, b: '/c'}}  # mine\n", "q", 'bases: {{"q": "{0}", on: /a, b: \'/c\'}}  # mine\n'),
+        ("bases: {{on: /a}}\n", "on", 'bases: {{on: "{0}"}}\n'),
+        ("bases:\n  on: /a\n", "on", "bases:\n  on: {0}\n"),
+        ("mine: !secret x\nwhen: 2024-13-45\n", "q", "mine: !secret x\nwhen: 2024-13-45\nbases:\n  q: {0}\n"),
+    ],
+)
+def test_an_entry_is_added_whatever_else_the_file_says(tmp_path: Path, text: str, name: str, after: str) -> None:
+    """Keys are text, and so are values: nothing of it is read as a number, a date or a tag."""
+    path = tmp_path / "config.yaml"
+    path.write_text(text.format())
+    environ = {"LORATOOL_CONFIG": str(path)}
+    write_base(read_config(environ, tmp_path), name, tmp_path / "base.safetensors")
+    assert path.read_text() == after.format(tmp_path / "base.safetensors")
+    assert read_config(environ, tmp_path).bases[name] == tmp_path / "base.safetensors"
+
+
 def test_what_others_refer_to_is_not_edited(tmp_path: Path) -> None:
     text = "bases:\n  sd15: &x /old\n  other: *x\n"
     path = config(tmp_path, text)
@@ -259,23 +279,3 @@ def test_a_flat_place_has_no_folders(tmp_path: Path) -> None:
     touch(tmp_path / "here/style.safetensors")
     touch(tmp_path / "here/sub/other.safetensors")
     assert [file.name for file in files_in(lora_places(look_around({}, tmp_path)))] == ["style"]
-
-
-@pytest.mark.parametrize(
-    ("text", "name", "after"),
-    [
-        ("bases:\n  1: /a\n", "1", "bases:\n  1: {0}\n"),
-        ("bases: {{on: /a, b: '/c'}}  # mine\n", "q", 'bases: {{"q": "{0}", on: /a, b: \'/c\'}}  # mine\n'),
-        ("bases: {{on: /a}}\n", "on", 'bases: {{on: "{0}"}}\n'),
-        ("bases:\n  on: /a\n", "on", "bases:\n  on: {0}\n"),
-        ("mine: !secret x\nwhen: 2024-13-45\n", "q", "mine: !secret x\nwhen: 2024-13-45\nbases:\n  q: {0}\n"),
-    ],
-)
-def test_an_entry_is_added_whatever_else_the_file_says(tmp_path: Path, text: str, name: str, after: str) -> None:
-    """Keys are text, and so are values: nothing of it is read as a number, a date or a tag."""
-    path = tmp_path / "config.yaml"
-    path.write_text(text.format())
-    environ = {"LORATOOL_CONFIG": str(path)}
-    write_base(read_config(environ, tmp_path), name, tmp_path / "base.safetensors")
-    assert path.read_text() == after.format(tmp_path / "base.safetensors")
-    assert read_config(environ, tmp_path).bases[name] == tmp_path / "base.safetensors"
