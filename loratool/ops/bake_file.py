@@ -43,14 +43,15 @@ def bake_file(
     undo: str | os.PathLike[str] | None = None,
     architecture: Architecture | str | None = None,
     recorder: Recorder | None = None,
+    check: Callable[[Task], None] | None = None,
     progress: Progress | None = None,
 ) -> BakeReport:
     """Adds adapters to the checkpoint at `base` (a file or folder) and writes the result; `output` None only plans it.
 
     Every weight becomes round(W + sum of strength * delta), computed in float32 and rounded once. Everything else
     keeps its bytes; with `options.format` all get other names, in one file. `undo` names a file to write that gives the
-    base back bit for bit; without one, `recorder` may look on. Raises LoratoolError before anything is read for an
-    output that cannot be written, and for modules without a weight (unless allowed).
+    base back bit for bit; without one, `recorder` may look on. `check` may refuse what is planned. Raises LoratoolError
+    before anything is read for an output that cannot be written, and for modules without a weight (unless allowed).
     """
     started = time.perf_counter()
     options = options or Options()
@@ -72,6 +73,8 @@ def bake_file(
         check_output(undo, [*paths, *([os.fspath(output)] if output is not None else [])], False, options.overwrite)
     hashes = recipe.hashing([one.path for one in asked])
     task = prepared(base, asked, options, architecture)
+    if check is not None:
+        check(task)
     if output is not None and options.format is not None:  # only now is known whether it is a folder
         check_output(output, paths, os.path.isdir(base) and task.target is None, options.overwrite)
     if output is None:

@@ -23,7 +23,8 @@ from loratool.files.stream import Output, copies, plan_like
 from loratool.ops import recipe
 from loratool.ops.bake_copy import Copier
 from loratool.ops.bake_file import bake_file
-from loratool.ops.bake_task import FileTask, Options, Task, bakes_in, prepared
+from loratool.ops.bake_report import BakeReport
+from loratool.ops.bake_task import FileTask, Options, Task, bakes_in
 from loratool.ops.bake_work import Desk
 from loratool.ops.bake_write import Progress, Ticker, size_of, temporary_places
 from loratool.ops.baking import GPU_THREADS, Destination
@@ -281,14 +282,10 @@ def subtract_file(
                 hint="use the undo file that `bake --undo` writes",
             )
     record = _Record(baked)
-    digests = recipe.hashing([one.path for one in asked])()
-    told = [
-        replace(record.completed(one, digest), weight=-one.weight) for one, digest in zip(asked, digests, strict=True)
-    ]
-    check_output(output, [os.fspath(baked), *(one.path for one in asked)], os.path.isdir(baked), options.overwrite)
-    _check_sums(prepared(baked, told, options, None))
+    whole = record.completed(asked)
     doubt = Doubt(record.stochastic)
-    done = bake_file(baked, told, output, options, recorder=doubt, progress=progress)
+    told = [replace(one, weight=-one.weight) for one in whole]
+    done = bake_file(baked, told, output, options, recorder=doubt, check=_check_sums, progress=progress)
     return UnbakeReport(
         baked=str(baked),
         output=str(output),
@@ -299,7 +296,7 @@ def subtract_file(
         files={},
         doubtful=doubt.share,
         error=doubt.error,
-        notes=(*record.notes(asked, digests), *done.notes),
+        notes=(*record.notes(asked, whole, done), *done.notes),
         size=done.size,
         seconds=done.seconds,
     )
@@ -336,19 +333,25 @@ class _Record:
         """Whether something was rounded at random."""
         return any(bake.get("rounding") == "stochastic" for bake in self._bakes)
 
-    def completed(self, asked: Asked, digest: str) -> Asked:
-        """With the block weights at which it was baked."""
+    def completed(self, asked: Sequence[Asked]) -> list[Asked]:
+        """Each with the block weights at which it was baked. Hashes them only if there were any."""
+        if not any(isinstance(blocks, (str, dict)) for blocks in self._known.values()):
+            return list(asked)
+        digests = recipe.hashing([one.path for one in asked])()
+        return [self._completed(one, digest) for one, digest in zip(asked, digests, strict=True)]
+
+    def _completed(self, asked: Asked, digest: str) -> Asked:
         blocks = self._known.get((digest, asked.weight))
         usable = asked.blocks is None and isinstance(blocks, (str, dict))
         return replace(asked, blocks=blocks) if usable else asked
 
-    def notes(self, asked: Sequence[Asked], digests: Sequence[str]) -> Iterator[str]:
-        """What a user should know of what was taken out."""
-        for one, digest in zip(asked, digests, strict=True):
+    def notes(self, asked: Sequence[Asked], whole: Sequence[Asked], done: BakeReport) -> Iterator[str]:
+        """What a user should know of what was taken out: as it was asked for, and as it was completed."""
+        for one, completed, found in zip(asked, whole, done.adapters, strict=True):
             name = recipe.file_name(one.path)
-            if (digest, one.weight) not in self._known:
+            if (found.sha256, one.weight) not in self._known:
                 yield f"the header does not say that {name} was baked into it at this strength"
-            elif self.completed(one, digest) is not one:
+            elif completed is not one:
                 yield f"{name} was baked with block weights, and is subtracted with them"
         casts = {str(bake["dtype"]) for bake in self._bakes if "dtype" in bake}
         if casts:

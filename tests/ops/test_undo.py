@@ -294,6 +294,16 @@ def test_an_existing_undo_file_is_kept(tmp_path: Path, made: tuple[Path, Path, P
 # -- by subtracting ---------------------------------------------------------------------------------------------------
 
 
+def distance(again: Path, base: Path) -> tuple[float, float]:
+    """The relative error of the weights, and the share of values that are others."""
+    before, after = load(base), load(again)
+    keys = [KEYS[stem] for stem in SHAPES]
+    off = math.sqrt(sum(float((after[key].double() - before[key].double()).square().sum()) for key in keys))
+    size = math.sqrt(sum(float(before[key].double().square().sum()) for key in keys))
+    wrong = sum(int((after[key] != before[key]).sum()) for key in keys)
+    return off / size, wrong / sum(before[key].numel() for key in keys)
+
+
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
 def test_subtracting_is_nearly_the_base(tmp_path: Path, dtype: str) -> None:
     base = checkpoint(tmp_path / "base.safetensors", DTYPES[dtype])
@@ -302,13 +312,9 @@ def test_subtracting_is_nearly_the_base(tmp_path: Path, dtype: str) -> None:
     bake_file(base, asked, baked)
     report = subtract_file(baked, asked, again, Options())
     assert not report.exact and report.notes == ()
-    before, after = load(base), load(again)
-    keys = [KEYS[stem] for stem in SHAPES]
-    off = math.sqrt(sum(float((after[key].double() - before[key].double()).square().sum()) for key in keys))
-    size = math.sqrt(sum(float(before[key].double().square().sum()) for key in keys))
-    wrong = sum(int((after[key] != before[key]).sum()) for key in keys) / sum(before[key].numel() for key in keys)
+    error, wrong = distance(again, base)
     assert report.error is not None and report.doubtful is not None
-    assert 0.3 * off / size < report.error < 3 * off / size
+    assert 0.3 * error < report.error < 3 * error
     assert wrong < report.doubtful < 6 * wrong + 1e-3
 
 
@@ -319,16 +325,6 @@ def test_subtracting_says_what_was_not_recorded(tmp_path: Path) -> None:
     bake_file(base, [Asked(str(path), 0.8)], baked)
     report = subtract_file(baked, [Asked(str(path), 0.7)], tmp_path / "again.safetensors", Options())
     assert len(report.notes) == 1 and "does not say" in report.notes[0]
-
-
-def distance(again: Path, base: Path) -> tuple[float, float]:
-    """The relative error of the weights, and the share of values that are others."""
-    before, after = load(base), load(again)
-    keys = [KEYS[stem] for stem in SHAPES]
-    off = math.sqrt(sum(float((after[key].double() - before[key].double()).square().sum()) for key in keys))
-    size = math.sqrt(sum(float(before[key].double().square().sum()) for key in keys))
-    wrong = sum(int((after[key] != before[key]).sum()) for key in keys)
-    return off / size, wrong / sum(before[key].numel() for key in keys)
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
