@@ -249,6 +249,8 @@ def test_an_output_needs_a_folder_and_a_free_name(tmp_path: Path) -> None:
     put(tmp_path, a=b"", full___x=b"")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "none" / "x", [], f"its folder does not exist; mkdir -p {tmp_path / 'none'}")
+    refused(Path("."), [], "is no name for an output", folder=True)
+    refused(tmp_path / "..", [], "is no name for an output", folder=True)
     refused(tmp_path / "full", [], "is a folder; a file would be written")
     refused(tmp_path / "a", [], "is a file; a folder would be written", folder=True)
     refused(tmp_path / "a", [], "exists already; use --overwrite", overwrite=False)
