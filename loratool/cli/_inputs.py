@@ -54,6 +54,8 @@ def _listed(weights: str | None, count: int) -> list[float | None]:
     """The numbers of `--weights`, one for each input; an empty one is not given."""
     if weights is None:
         return [None] * count
+    if not count:
+        raise UsageError("--weights without a LoRA file that it is for", hint="in a prompt every LoRA has its own")
     texts = [text.strip() for text in weights.split(",")]
     if len(texts) != count:
         number = f"{len(texts)} weight{'s' if len(texts) > 1 else ''}"
@@ -62,6 +64,11 @@ def _listed(weights: str | None, count: int) -> list[float | None]:
         return [float(text) if text else None for text in texts]
     except ValueError:
         raise UsageError(f"--weights is {weights!r}, expected numbers as in 0.7,0.3") from None
+
+
+def files_of(blocks: Sequence[str]) -> list[str]:
+    """The files among the arguments of `--blocks`."""
+    return [spec for spec in blocks if os.path.exists(spec)]
 
 
 def _inputs(count: int) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from loratool.cli._common import err, out, print_json, told_plainly
-from loratool.cli._inputs import asked_for, asked_in
+from loratool.cli._inputs import asked_for, asked_in, files_of
 from loratool.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -115,6 +114,7 @@ def bake(
     its bytes. Exit 1, with nothing written, if a LoRA is for another model or a module has no place.
     """
     from loratool.cli._torch import spare
+    from loratool.files.bundle import check_apart
     from loratool.ops.bake_file import bake_file
     from loratool.ops.bake_task import Options
     from loratool.ops.convert import dtype_code
@@ -142,7 +142,8 @@ def bake(
         asked = _asked(inputs or [], weights, blocks or [], prompt)
         where = _base(base, download)
         for written in (output, undo):
-            _check_specs(written, blocks or [])
+            if written is not None:
+                check_apart(written, files_of(blocks or []))
         with bars(err()) as progress:
             done = bake_file(
                 where,
@@ -182,12 +183,3 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> str:
     if value not in known:
         raise UsageError(f"{option} is {value!r}", hint=f"known: {', '.join(known)}")
     return value
-
-
-def _check_specs(output: str | None, blocks: list[str]) -> None:
-    """Raises LoratoolError for an output that is a file of block weights."""
-    from loratool.files.bundle import check_output
-
-    if output is not None:
-        specs = [spec for spec in blocks if os.path.exists(spec)]
-        check_output(output, specs, os.path.isdir(output), overwrite=True)  # whether it may exist is asked later

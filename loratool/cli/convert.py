@@ -68,7 +68,7 @@ def convert(
     keys, the same bytes.
     """
     from loratool.core.registry import layouts, programs
-    from loratool.files.bundle import check_output
+    from loratool.files.bundle import check_apart
     from loratool.ops.approximate import check_options
     from loratool.ops.check import program_named
     from loratool.ops.convert import dtype_code
@@ -95,7 +95,7 @@ def convert(
         code = dtype_code(dtype) if dtype else None
         wish = check_options(approximate, rank, energy)
         if base is not None:
-            check_output(output, [base], layout is not None and layout.folder, overwrite)
+            check_apart(output, [base])
         with bars(err()) as progress:
             done = convert_file(
                 file,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from loratool.cli._common import err, out, print_json, told_plainly
-from loratool.cli._inputs import asked_for
+from loratool.cli._inputs import asked_for, files_of
 from loratool.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -169,6 +168,7 @@ def merge(
         if list_methods:
             _list(as_json)
             return
+        from loratool.files.bundle import check_apart
         from loratool.ops.convert import dtype_code
         from loratool.ops.devices import device_named
         from loratool.ops.merge_files import merge_files
@@ -185,7 +185,7 @@ def merge(
         rule = _one_rule(texts)
         code, layout = dtype_code(dtype) if dtype else None, layout_named(to) if to else None
         where = device_named(device)
-        _check_output(output, [*([base] if base else []), *(spec for spec in blocks or [] if os.path.exists(spec))])
+        check_apart(output, [*([base] if base else []), *files_of(blocks or [])])
         with bars(err()) as progress:
             done = merge_files(
                 asked,
@@ -245,10 +245,3 @@ def _one_rule(texts: Mapping[str, str | None]) -> Rule | None:
     if len(given) > 1:
         raise UsageError(f"--{given[0][0]} and --{given[1][0]} both say what ranks to keep", hint="give one rule")
     return parse_rule(*given[0]) if given else None
-
-
-def _check_output(output: str, inputs: Sequence[str]) -> None:
-    """Raises LoratoolError for an output that is a file which is read, besides the LoRA files."""
-    from loratool.files.bundle import check_output
-
-    check_output(output, list(inputs), os.path.isdir(output), overwrite=True)  # whether it may exist is asked later

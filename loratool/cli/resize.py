@@ -168,9 +168,9 @@ def _rules(given: dict[str, list[str] | None]) -> list[Rule]:
 
 def _check_outputs(rules: Sequence[Rule], output: str | None, plot: str | None, inputs: Sequence[str]) -> None:
     """Raises LoratoolError for an output that is an input, UsageError for one that is the plot."""
-    from loratool.files.bundle import check_output
+    from loratool.files.bundle import check_apart
 
     for name in (output.replace("{rule}", rule.label) for rule in rules if output is not None):
-        check_output(name, list(inputs), os.path.isdir(name), overwrite=True)  # whether it may exist is asked later
+        check_apart(name, inputs)
         if plot is not None and os.path.realpath(name) == os.path.realpath(plot):
             raise UsageError("-o and --plot name the same file", file=name)

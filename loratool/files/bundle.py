@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from loratool.core.adapter import CONFIG, GGUF, MLX, Bundle
-from loratool.core.errors import FormatError, LoratoolError
+from loratool.core.errors import FormatError, LoratoolError, UsageError
 from loratool.core.registry import components
 from loratool.core.tensor import LazyTensor
 from loratool.files.atomic import atomic_write, check_room, flush_folder, scratch_folder
@@ -162,7 +162,12 @@ def _read_text(path: Path) -> str:
         raise FormatError("is not UTF-8 text", file=str(path)) from error
 
 
-_MODELS = frozenset({CONFIG, "config.json", "model_index.json", MODEL, MLX_MODEL, OLD_MODEL})
+_OF_A_MODEL = re.compile(
+    r"(adapter_)?config\.json|model_index\.json|.*\.safetensors\.index(\.[\w-]+)?\.json|adapter_model\.bin|"
+    r"(adapter_model|adapters|model|diffusion_pytorch_model|pytorch_model)[.\w-]*\.safetensors"
+)
+"""Names of files by which a folder is known to be a model's or an adapter's. Any `.safetensors` would not do: a folder
+of downloads is full of them."""
 
 
 def _shallow(place: Path) -> Iterator[Path]:
@@ -171,8 +176,8 @@ def _shallow(place: Path) -> Iterator[Path]:
         yield from one.iterdir() if one.is_dir() and not one.is_symlink() else (one,)
 
 
-def check_output(path: str | os.PathLike[str], inputs: list[str], folder: bool, overwrite: bool) -> None:
-    """Refuses an output before anything is read: one that exists, is an input, or has no folder to be in."""
+def check_apart(path: str | os.PathLike[str], inputs: Sequence[str]) -> None:
+    """Refuses an output that is one of the inputs, a part of one, or a folder with one in it."""
     place = Path(path)
     for name in inputs:
         ours, theirs = Path(os.path.realpath(place)), Path(os.path.realpath(name))
@@ -181,8 +186,20 @@ def check_output(path: str | os.PathLike[str], inputs: list[str], folder: bool, 
             where = "is part of" if inside else "is" if ours == theirs else "holds"
             message = f"the output {where} an input; an input is never changed"
             raise LoratoolError(message, file=str(path), hint="choose another -o")
+
+
+def check_output(path: str | os.PathLike[str], inputs: Sequence[str], folder: bool, overwrite: bool) -> None:
+    """Refuses an output before anything is read: one that exists, is an input, or has no folder to be in.
+
+    `folder` says that it would be a folder. Raises LoratoolError; UsageError for what is no name of such an output.
+    """
+    place = Path(path)
+    check_apart(place, inputs)
     if place.name in ("", ".."):
-        raise LoratoolError("is no name for an output", file=str(path), hint="name a file or folder that can be made")
+        raise UsageError(f"{str(path)!r} is no name for an output", hint="name a file or folder that can be made")
+    if not folder and not place.is_dir() and str(path).endswith(("/", os.sep)):
+        name = f"{place / 'NAME'}.safetensors"
+        raise UsageError("ends as a folder's name does; a file would be written", file=str(path), hint=f"name {name}")
     if not place.parent.is_dir():
         raise LoratoolError("its folder does not exist", file=str(path), hint=f"mkdir -p {place.parent}")
     if place.exists():
@@ -192,9 +209,12 @@ def check_output(path: str | os.PathLike[str], inputs: list[str], folder: bool, 
         filled = folder and any(place.iterdir())
         if not overwrite and (filled or not folder):
             raise LoratoolError("exists already", file=str(path), hint="use --overwrite to replace it")
-        if filled and not any(file.name in _MODELS for file in _shallow(place)):
+        if filled and not any(_OF_A_MODEL.fullmatch(file.name) for file in _shallow(place)):
             raise LoratoolError(
-                "is a folder without a model in it, which is not replaced", file=str(path), hint="name another -o"
+                "is a folder without a file named as a model's are (config.json, model.safetensors), "
+                "which is not replaced",
+                file=str(path),
+                hint="name another -o",
             )
     if not os.access(place if place.is_dir() else place.parent, os.W_OK):
         raise LoratoolError("its folder cannot be written to", file=str(path))

@@ -113,7 +113,7 @@ def bake_report(
                 path=one.path,
                 sha256=digest,
                 strength=one.weight,
-                blocks=one.blocks if isinstance(one.blocks, str) else None,
+                blocks=one.blocks_told,
                 layout=opened.adapter.layout,
                 modules=len(opened.adapter.modules),
                 matched=sum((opened.adapter.path, module.title) not in missing for module in opened.adapter.modules),

@@ -25,6 +25,14 @@ class Asked:
     blocks: str | Mapping[str, Any] | None = None
     name: str | None = None
 
+    @property
+    def blocks_told(self) -> str | None:
+        """The block weights in words: as they were given, or `text_encoder* 0.5, others 0.8` of plain data."""
+        if self.blocks is None or isinstance(self.blocks, str):
+            return self.blocks
+        entries = [f"{pattern} {weight:g}" for pattern, weight in self.blocks["entries"]]
+        return ", ".join([*entries, f"others {self.blocks['rest']:g}"])
+
 
 @dataclass(frozen=True, eq=False)
 class Input:

@@ -249,7 +249,7 @@ def _sources(
             path=one.adapter.path,
             sha256=digest,
             weight=one.weight,
-            blocks=what.blocks if isinstance(what.blocks, str) else None,
+            blocks=what.blocks_told,
             layout=one.adapter.layout,
             modules=len(one.adapter.modules),
             alone=alone[index],

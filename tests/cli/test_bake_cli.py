@@ -216,6 +216,9 @@ def test_something_is_missing(tmp_path: Path, base: Path, lora: Path, out: Path,
         (["--prompt", "no tag"], "names no LoRA"),
         (["--architecture", "nope"], "nope"),
         (["--undo", "u", "--dtype", "bf16"], "a cast loses bits"),
+        (["-o", ""], "'' is no name for an output"),
+        (["--undo", ""], "'' is no name for an output"),
+        (["-o", "none/"], "ends as a folder's name does"),
     ],
 )
 def test_a_wrong_option(tmp_path: Path, base: Path, lora: Path, out: Path, options: list[str], words: str) -> None:
@@ -334,15 +337,19 @@ def env(tmp_path: Path, base: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("tag", "unet", "text_encoder"),
-    [("<lora:ink:0.8>", 0.8, 0.8), ("<lora:ink:te=0.5:unet=-1>", -1, 0.5), ("<lora:ink:0.5:unet=0>", 0, 0.5)],
+    ("tag", "unet", "text_encoder", "told"),
+    [
+        ("<lora:ink:0.8>", 0.8, 0.8, "strength 0.8, kohya"),
+        ("<lora:ink:te=0.5:unet=-1>", -1, 0.5, "strength 1, blocks text_encoder* 0.5, others -1, kohya"),
+        ("<lora:ink:0.5:unet=0>", 0, 0.5, "strength 1, blocks text_encoder* 0.5, others 0, kohya"),
+    ],
 )
 def test_a_prompt_names_loras_and_strengths(
-    tmp_path: Path, base: Path, out: Path, env: dict[str, str], tag: str, unet: float, text_encoder: float
+    tmp_path: Path, base: Path, out: Path, env: dict[str, str], tag: str, unet: float, text_encoder: float, told: str
 ) -> None:
     lora = save(tmp_path / "mine/ink.safetensors", kohya(SHAPES))
     text = flat(run("--prompt", f"a cat {tag}, red", "--base", base, "-o", out, **env))
-    assert "ink.safetensors" in text.replace(" ", "")
+    assert "ink.safetensors" in text.replace(" ", "") and told in text
     for stem in (Q, K, CONV):
         assert strength_of(base, out, lora, stem) == pytest.approx(unet, abs=0.01)
     assert strength_of(base, out, lora, TEXT) == pytest.approx(text_encoder, abs=0.01)
@@ -353,6 +360,12 @@ def test_a_prompt_with_an_unknown_name(tmp_path: Path, base: Path, out: Path, en
     result = run("--prompt", "<lora:inc:1>", "--base", base, "-o", out, **env)
     assert result.exit_code in (1, 2) and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert "inc" in result.stderr and not out.exists()
+
+
+def test_weights_are_for_files(tmp_path: Path, base: Path, out: Path, env: dict[str, str]) -> None:
+    save(tmp_path / "mine/ink.safetensors", kohya(SHAPES))
+    result = run("--prompt", "<lora:ink:1>", "--weights", "0.1", "--base", base, "-o", out, **env)
+    assert result.exit_code == 2 and "--weights without a LoRA file that it is for" in result.stderr
 
 
 def test_a_prompt_beside_files(tmp_path: Path, base: Path, lora: Path, out: Path, env: dict[str, str]) -> None:

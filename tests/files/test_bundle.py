@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from loratool.core.adapter import CONFIG, GGUF, MLX, SAFETENSORS, Bundle
-from loratool.core.errors import FormatError, LoratoolError
+from loratool.core.errors import FormatError, LoratoolError, UsageError
 from loratool.core.tensor import LazyTensor
 from loratool.files import bundle as module
 from loratool.files.bundle import (
@@ -249,17 +249,42 @@ def test_an_output_needs_a_folder_and_a_free_name(tmp_path: Path) -> None:
     put(tmp_path, a=b"", full___x=b"")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "none" / "x", [], f"its folder does not exist; mkdir -p {tmp_path / 'none'}")
-    refused(Path("."), [], "is no name for an output", folder=True)
-    refused(tmp_path / "..", [], "is no name for an output", folder=True)
+    for nameless in (".", "", str(tmp_path / "..")):
+        with pytest.raises(UsageError, match="is no name for an output"):
+            check_output(nameless, [], True, False)
+    with pytest.raises(
+        UsageError, match=r"ends as a folder's name does; a file would be written; name .*NAME\.safeten"
+    ):
+        check_output(f"{tmp_path / 'new'}/", [], False, False)
+    check_output(f"{tmp_path / 'new'}/", [], True, False)
     refused(tmp_path / "full", [], "is a folder; a file would be written")
     refused(tmp_path / "a", [], "is a file; a folder would be written", folder=True)
     refused(tmp_path / "a", [], "exists already; use --overwrite", overwrite=False)
     refused(tmp_path / "full", [], "exists already; use --overwrite", folder=True, overwrite=False)
     check_output(tmp_path / "a", [], False, True)
-    refused(tmp_path / "full", [], "a folder without a model in it, which is not replaced", folder=True)
-    put(tmp_path, full___config__json=b"{}")
-    check_output(tmp_path / "full", [], True, True)
+    put(tmp_path, full___style__safetensors=b"")  # as a folder of downloads
+    refused(tmp_path / "full", [], "without a file named as a model's are", folder=True)
     check_output(tmp_path / "empty", [], True, False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "adapter_config.json",
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "model.safetensors.index.json",
+        "adapter_model.bin",
+    ],
+)
+def test_a_model_is_replaced_where_overwriting_was_asked(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.touch()
+    (tmp_path / "out" / "notes.txt").touch()
+    check_output(tmp_path / "out", [], True, True)
 
 
 @pytest.mark.parametrize("exists", [False, True])
