@@ -13,7 +13,7 @@ from typing import Any
 from loratool import __version__
 from loratool.core.adapter import Adapter
 from loratool.core.architecture import Architecture, Checkpoint
-from loratool.core.errors import FormatError, LoratoolError, few
+from loratool.core.errors import FormatError, LoratoolError, UnknownModel, few
 from loratool.core.tensor import DTYPES, LazyTensor
 from loratool.files.bundle import PICKLES
 from loratool.files.checkpoint import WEIGHTS, CheckpointFiles, WeightFile, read_checkpoint
@@ -181,13 +181,22 @@ def _opened(
     except LoratoolError:
         if known is None or architecture is not None:
             raise
-        return open_adapter(path, architecture=known)
+        return _opened_as(path, known)
     check_model(checkpoint.path, known, adapter.architecture)
     if adapter.architecture.open and known is not None:
-        return open_adapter(path, architecture=known)
+        return _opened_as(path, known)
     if adapter.architecture.id == "unknown":
         return open_adapter(path, architecture=model_of(checkpoint))
     return adapter
+
+
+def _opened_as(path: str, known: Architecture) -> Adapter:
+    """The adapter for the checkpoint's model. Raises FormatError where not one key is a name of that."""
+    try:
+        return open_adapter(path, architecture=known)
+    except UnknownModel as error:
+        message = f"is for another model than the checkpoint's: {error.message}"
+        raise FormatError(message, file=path, hint="name a checkpoint of the adapter's model") from error
 
 
 def _unmatched(found: Sequence[Unmatched], path: str) -> FormatError:

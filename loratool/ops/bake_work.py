@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratool.core.errors import LoratoolError
+from loratool.core.errors import FormatError, LoratoolError
 from loratool.core.tensor import LazyTensor, torch_dtype
 from loratool.files.stream import stretch
 from loratool.ops.rounding import FP8, WIDE, fresh_scale, rounded, uniform
@@ -176,6 +176,7 @@ def survivals(sums: Sequence[Sums]) -> list[Survival]:
         survival = Survival(sum(islice(along, len(one.along))), sum(islice(square, len(one.square))))
         if not (math.isfinite(survival.along) and math.isfinite(survival.square)):
             check_parts(one.site.parts)
+            _check_base(one.site)
             raise LoratoolError(
                 f"would hold values that are NaN, infinite or too large for {one.site.dtype}",
                 file=one.site.file.path,
@@ -184,6 +185,15 @@ def survivals(sums: Sequence[Sums]) -> list[Survival]:
             )
         found.append(survival)
     return found
+
+
+def _check_base(site: Site) -> None:
+    """Raises FormatError for a weight of the base, or its scale, that holds NaN or infinite values. As `check_parts`,
+    it is asked when a result is not finite."""
+    for key, tensor in ((site.key, site.tensor), (site.scale_key, site.scale)):
+        if tensor is not None and not bool(tensor.load().double().isfinite().all()):
+            cure = "the checkpoint is broken: use another copy of it"
+            raise FormatError("holds NaN or infinite values", file=site.file.path, key=key, hint=cure)
 
 
 def _numbers(tensors: Sequence[Tensor]) -> Iterator[float]:

@@ -8,7 +8,9 @@ from difflib import get_close_matches
 
 from loratool.core.adapter import Adapter
 from loratool.core.errors import FormatError
+from loratool.core.layout import Layout
 from loratool.core.module import Module
+from loratool.core.registry import layouts
 from loratool.core.target import Target
 from loratool.core.tensor import LazyTensor
 from loratool.files.checkpoint import CheckpointFiles, WeightFile, WeightSet
@@ -230,16 +232,11 @@ class _Finder:
         base = weights_in(self._checkpoint.path, self._checkpoint.components, adapter)
         for number, module in enumerate(modules):
             wanted = next((base.key_of(t) for t in module.targets if base.find(t) is None), None)
-            near = (
-                get_close_matches((wanted or module.targets[0].path).removesuffix(".weight"), names, 1, 0.6)
-                if number < _NEAR
-                else []
-            )
+            name = (wanted or module.targets[0].path).removesuffix(".weight")
+            near = get_close_matches(name, names, 1, 0.6) if number < _NEAR else []
             reason = "is not in the checkpoint" if wanted else f"the checkpoint has no {module.component}"
             self._unmatched.append(Unmatched(adapter.path, module.title, reason, near[0] if near else None))
-        for key in adapter.extras:
-            if key not in kept:
-                self._unmatched.append(Unmatched(adapter.path, key, "is no module that can be baked"))
+        self._unmatched += _strays(adapter, [key for key in adapter.extras if key not in kept], base)
 
     def result(self, checkpoint: CheckpointFiles) -> Sites:
         """Everything that was found, in the order of the files and of the data in them."""
@@ -271,6 +268,34 @@ class _Finder:
         if self._dtype is None or tensor.dtype not in FLOATS or key in scales or key.endswith(_OF_INPUTS):
             return tensor.dtype
         return tensor.dtype if self._dtype in SCALED and len(tensor.shape) < 2 else self._dtype
+
+
+def _strays(adapter: Adapter, keys: Sequence[str], base: BaseWeights) -> Iterator[Unmatched]:
+    """What keys that are no module's name, module by module where they are spelled as one's; with the nearest weight
+    that has a name in the adapter's layout."""
+    if not keys:
+        return
+    model, layout = adapter.architecture, layouts()[adapter.layout]
+    parsed = layout.parse(keys)
+    named = [stem for stem in parsed.groups if not layout.resolve(stem, model, adapter.metadata)]
+    known = dict(_stems(layout, base)) if named and not model.open else {}
+    for stem in parsed.groups:
+        if stem not in named:
+            yield Unmatched(adapter.path, stem, "is no module that can be baked")
+    for number, stem in enumerate(named):
+        near = get_close_matches(stem, known, 1, 0.6) if number < _NEAR else []
+        reason = f"is no name in {model.title}"
+        yield Unmatched(adapter.path, stem, reason, known[near[0]].removesuffix(".weight") if near else None)
+    for key in parsed.unknown:
+        yield Unmatched(adapter.path, key, "is no module that can be baked")
+
+
+def _stems(layout: Layout, base: BaseWeights) -> Iterator[tuple[str, str]]:
+    """Every name that a layout has for a weight of the checkpoint, and the weight's key."""
+    for component, voice in layout.voices(base.architecture):
+        for name, targets in base.architecture.naming(component, voice.naming).items():
+            if base.find(targets[0]) is not None:
+                yield voice.prefix + name.replace(".", layout.separator), base.key_of(targets[0]) or ""
 
 
 def scale_of(tensors: Mapping[str, LazyTensor], key: str) -> tuple[str | None, LazyTensor | None]:

@@ -16,7 +16,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from loratool.cli.main import app
-from tests.bakes import CONV, KEYS, TEXT, K, Q, kohya, load, noise, save, updates
+from tests.bakes import CONV, KEYS, TEXT, K, Q, kohya, load, noise, peft, save, updates
 from tests.builders import build, typical_parts, write_file
 from tests.checkpoints import sparse_checkpoint
 from tests.cli.test_info import HOSTILE, assert_fits, assert_inert
@@ -323,6 +323,10 @@ def test_another_model_is_refused_by_name(tmp_path: Path, out: Path) -> None:
     for options in ([], ["--allow-unmatched"]):
         line = refused(tmp_path, 1, "Stable Diffusion XL", lora, "--base", base, "-o", out, *options)
         assert "the adapter is for Stable Diffusion 1.x" in line
+    stem = "transformer.h.0.attn.c_attn"
+    gpt = peft(tmp_path / "gpt", {f"{stem}.lora_A.weight": noise(4, 768), f"{stem}.lora_B.weight": noise(2304, 4)})
+    line = refused(tmp_path, 1, "is for another model than the checkpoint's", gpt, "--base", base, "-o", out)
+    assert "no key is a name of Stable Diffusion XL; name a checkpoint of the adapter's model" in line
 
 
 # -- prompts and names ------------------------------------------------------------------------------------------------

@@ -523,6 +523,19 @@ def test_an_adapter_with_nan_is_refused(tmp_path: Path, base: Path, bad: float, 
     assert error.key is not None and "attn1.to_k" in error.key
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("key", [KEYS[Q], f"{KEYS[Q][: -len('weight')]}scale_weight"])
+def test_a_base_with_nan_is_refused(tmp_path: Path, bad: float, key: str) -> None:
+    scaled = key != KEYS[Q]
+    tensors = {KEYS[Q]: noise(*SHAPES[Q]).to(E4M3 if scaled else F16)}
+    tensors |= {key: torch.tensor(bad)} if scaled else {}
+    if not scaled:
+        tensors[key][1, 1] = bad
+    base = save(tmp_path / "sick.safetensors", tensors)
+    error = refused(base, save(tmp_path / "a.safetensors", kohya({Q: SHAPES[Q]})), "use another copy of it")
+    assert (error.file, error.key, error.message) == (str(base), key, "holds NaN or infinite values")
+
+
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_an_update_too_large_for_float16_is_refused(tmp_path: Path, base: Path, verify: bool, rounding: str) -> None:

@@ -188,10 +188,17 @@ def test_what_is_not_there_is_named_with_what_comes_nearest(tmp_path: Path, lora
     assert text.reason == "the checkpoint has no text_encoder"
 
 
-def test_keys_that_are_no_module_are_told(tmp_path: Path, base: Path) -> None:
-    tensors = kohya(SHAPES) | {"emb_params": noise(4, 8), "lora_unet_nonsense.lora_up.weight": noise(4, 4)}
+def test_keys_that_are_no_module_are_told_with_what_comes_nearest(tmp_path: Path, base: Path) -> None:
+    misspelled = Q.replace("to_q", "to_queue")
+    tensors = kohya(SHAPES) | kohya({misspelled: SHAPES[Q]})  # a module: three keys
+    tensors |= {"emb_params": noise(4, 8), "lora_unet_nonsense.lora_up.weight": noise(4, 4)}
     found = sites(base, opened(tmp_path / "lora.safetensors", tensors, "sd15"))
-    assert {one.title for one in found.unmatched} == {"emb_params", "lora_unet_nonsense.lora_up.weight"}
+    nameless = "is no name in Stable Diffusion 1.x"
+    assert {one.title: (one.reason, one.nearest) for one in found.unmatched} == {
+        "emb_params": ("is no module that can be baked", None),
+        "lora_unet_nonsense": (nameless, None),
+        misspelled: (nameless, KEYS[Q].removesuffix(".weight")),
+    }
     assert len(found.sites) == len(SHAPES)
 
 
