@@ -57,7 +57,8 @@ def atomic_write(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
     _unfinished.add(temporary)  # before it is there: a signal may come at once
     try:
         lock = _create(temporary, target)
-        yield temporary
+        with _told_as(temporary, target):
+            yield temporary
         try:
             _flush(temporary)
             _publish(temporary, target, overwrite)
@@ -113,12 +114,33 @@ def scratch_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             lock = _locked(os.open(temporary, os.O_RDONLY))
         except OSError as error:
             raise LoratoolError(f"cannot be written: {error.strerror}", file=str(target)) from error
-        yield temporary
+        with _told_as(temporary, target):
+            yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         _unfinished.discard(temporary)
         if lock >= 0:
             os.close(lock)
+
+
+@contextlib.contextmanager
+def _told_as(temporary: Path, target: Path) -> Iterator[None]:
+    """Errors about what is not finished name what it was to become: the other name is gone when they are read."""
+    try:
+        yield
+    except LoratoolError as error:
+        error.file = _final(error.file, temporary, target)
+        raise
+    except OSError as error:
+        error.filename = _final(error.filename, temporary, target)
+        raise
+
+
+def _final(name: str | None, temporary: Path, target: Path) -> str | None:
+    path = Path(name or "")
+    if path == temporary or temporary in path.parents:
+        return str(target / path.relative_to(temporary))
+    return name
 
 
 def _swap(temporary: Path, target: Path) -> None:

@@ -24,7 +24,7 @@ from loratool.ops.bake_folder import restate
 from loratool.ops.bake_format import write_respelled
 from loratool.ops.bake_report import BakeReport, bake_report
 from loratool.ops.bake_task import FileTask, Options, Task, planned_size, prepared, record, with_record
-from loratool.ops.bake_write import Progress, Ticker, scratch_places, size_of, temporary_places
+from loratool.ops.bake_write import Progress, Ticker, check_places, scratch_places, size_of, temporary_places
 from loratool.ops.devices import devices_named, wake
 from loratool.ops.inputs import Asked
 
@@ -81,8 +81,11 @@ def bake_file(
         options = replace(options, devices=devices_named(",".join(options.devices)))
         report = bake_report(task, asked, hashes(), options, None)
         return replace(report, size=planned_size(task), seconds=time.perf_counter() - started)
-    also = 0 if task.planned is None else planned_size(task)  # what is baked waits in a file of its own
-    check_room(Path(output).parent, also + sum(file.plan.nbytes for file in task.files))
+    baked = sum(file.plan.nbytes for file in task.files)
+    if task.planned is None:
+        check_places(Path(output), task.checkpoint, [one.file for one in task.files], baked)
+    else:  # what is baked waits in a file of its own
+        check_room(Path(output).absolute().parent, planned_size(task) + baked)
     report = _Bake(task, asked, options, Path(output), undo, recorder, hashes, progress).run()
     return replace(report, size=size_of(Path(output)), seconds=time.perf_counter() - started)
 

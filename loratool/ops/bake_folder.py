@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,16 +36,34 @@ def bring_others(base: Path, folder: Path, rewritten: Collection[str]) -> Others
     a folder that it is in.
     """
     linked = copied = 0
+    for at, names in _others(base, rewritten):
+        (folder / at).mkdir(exist_ok=True)
+        for name in names:
+            was_linked = _bring(base / at / name, folder / at / name)
+            linked, copied = linked + was_linked, copied + (not was_linked)
+    return Others(linked, copied)
+
+
+def bytes_copied(base: Path, folder: Path, rewritten: Collection[str]) -> int:
+    """Bytes of what `bring_others` will copy to `folder`, which may not be there yet: small files, and all files of
+    another file system."""
+    here = os.stat(folder.absolute().parent).st_dev
+    found = (os.stat(base / at / name) for at, names in _others(base, rewritten) for name in names)
+    return sum(one.st_size for one in found if one.st_size < _LINKED or one.st_dev != here)
+
+
+def _others(base: Path, rewritten: Collection[str]) -> Iterator[tuple[Path, Sequence[str]]]:
+    """Every folder below `base` with the names of its files that are not rewritten."""
     for place, folders, names in os.walk(base, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         _check_links(Path(place), folders)
         at = Path(place).relative_to(base)
-        (folder / at).mkdir(exist_ok=True)
-        for name in sorted(names):
-            if (at / name).as_posix() not in rewritten:
-                was_linked = _bring(base / at / name, folder / at / name)
-                linked, copied = linked + was_linked, copied + (not was_linked)
-    return Others(linked, copied)
+        others = [name for name in sorted(names) if (at / name).as_posix() not in rewritten]
+        for name in others:
+            if not os.path.isfile(base / at / name):
+                message = "is not a regular file"
+                raise LoratoolError(message, file=str(base / at / name), hint="remove it from the folder")
+        yield at, others
 
 
 def _check_links(place: Path, folders: Sequence[str]) -> None:
@@ -59,35 +77,36 @@ def _check_links(place: Path, folders: Sequence[str]) -> None:
 def _bring(source: Path, target: Path) -> bool:
     """Whether it was linked."""
     real = Path(os.path.realpath(source))
-    if not real.is_file():
-        raise LoratoolError("is not a regular file", file=str(source), hint="remove it from the folder")
     if real.stat().st_size >= _LINKED:
         try:
             os.link(real, target)
             return True
         except OSError:
             pass  # another file system, or one without links
-    shutil.copyfile(real, target)
+    try:
+        shutil.copyfile(real, target)
+    except OSError as error:
+        raise LoratoolError(f"cannot be copied: {error.strerror}", file=str(source)) from error
     return False
 
 
 def restate(folder: Path, task: Task, dtype: str) -> None:
     """Makes configs say the new dtype, and indices the size of all tensors."""
     rewritten = {one.file: one.plan.nbytes for one in task.files}
+    base = Path(task.checkpoint.path)
     for weights in task.checkpoint.sets:
         if weights.index is not None:
-            index = folder / weights.index
-            data = read_index(index)
+            data = read_index(base / weights.index)
             old = {file: file.header.size_bytes - file.header.header_bytes for file in weights.files}
             total = sum(rewritten.get(file, old[file]) for file in weights.files)
             told = data.get("metadata")
             data["metadata"] = {**(told if isinstance(told, dict) else {}), "total_size": total}
-            _replace_json(index, data)
-        config = folder / weights.folder / "config.json"
-        if config.is_file() and dtype in _TORCH_NAMES:
-            data = read_index(config)
+            _replace_json(folder / weights.index, data)
+        config = Path(weights.folder, "config.json")
+        if (base / config).is_file() and dtype in _TORCH_NAMES:
+            data = read_index(base / config)
             data |= dict.fromkeys({"dtype", "torch_dtype"} & data.keys(), _TORCH_NAMES[dtype])
-            _replace_json(config, data)
+            _replace_json(folder / config, data)
 
 
 def _replace_json(path: Path, data: dict[str, Any]) -> None:

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from loratool.files.atomic import atomic_folder, atomic_write, scratch_folder
+from loratool.files.atomic import atomic_folder, atomic_write, check_room, scratch_folder
 from loratool.files.checkpoint import CheckpointFiles, WeightFile
-from loratool.ops.bake_folder import Others, bring_others
+from loratool.ops.bake_folder import Others, bring_others, bytes_copied
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total): bytes while writing, tensors otherwise."""
@@ -23,6 +23,14 @@ class Places:
     files: Mapping[WeightFile, Path]
     folder: Path | None
     others: Others
+
+
+def check_places(output: Path, checkpoint: CheckpointFiles, rewritten: Sequence[WeightFile], nbytes: int) -> None:
+    """Raises LoratoolError unless there is room for `nbytes` and the other files of a folder that will be copied."""
+    beside = 0
+    if checkpoint.folder:
+        beside = bytes_copied(Path(checkpoint.path), output, {one.name for one in rewritten})
+    check_room(output.absolute().parent, nbytes + beside)
 
 
 @contextmanager

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from loratool.core.errors import FormatError, LoratoolError, UsageError, few
-from loratool.files.atomic import check_room
 from loratool.files.bundle import check_output
 from loratool.files.checkpoint import CheckpointFiles, WeightFile, read_checkpoint
 from loratool.files.stream import Output, copies, plan_like
@@ -26,7 +25,7 @@ from loratool.ops.bake_file import bake_file
 from loratool.ops.bake_report import BakeReport
 from loratool.ops.bake_task import FileTask, Options, Task, bakes_in
 from loratool.ops.bake_work import Desk
-from loratool.ops.bake_write import Progress, Ticker, size_of, temporary_places
+from loratool.ops.bake_write import Progress, Ticker, check_places, size_of, temporary_places
 from loratool.ops.baking import GPU_THREADS, Destination
 from loratool.ops.frames import Frame, corrected, frames_in
 from loratool.ops.inputs import Asked
@@ -85,7 +84,7 @@ def unbake_file(
     tasks = [_task(checkpoint, opened, one) for one in opened.files]
     files = {told.name: file for told, file in zip(opened.files, (task.file for task in tasks), strict=True)}
     sites = [_site(checkpoint, files, one) for one in opened.sites]
-    check_room(Path(output).parent, sum(task.plan.nbytes for task in tasks))
+    check_places(Path(output), checkpoint, list(files.values()), sum(task.plan.nbytes for task in tasks))
     with temporary_places(Path(output), checkpoint, list(files.values()), overwrite) as places:
         with ExitStack() as stack:
             outputs = {

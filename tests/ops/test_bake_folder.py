@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,6 +122,46 @@ def test_without_links_everything_is_copied(base: Path, lora: Path, monkeypatch:
     assert not (output / VAE).samefile(base / VAE)
     assert (output / VAE).read_bytes() == (base / VAE).read_bytes()
     assert (report.linked, report.copied) == (0, 5)
+
+
+def test_a_copy_that_fails_names_the_file(base: Path, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(LoratoolError, match="cannot be copied: No space left on device") as caught:
+        bake_file(base, [Asked(str(lora))], base.parent / "out")
+    assert caught.value.file == str(base / "model_index.json")
+    assert sorted(os.listdir(base.parent)) == ["lora.safetensors", "model"]
+
+
+def fits(base: Path, lora: Path, output: Path, room: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether a bake starts on a disk with so many bytes free."""
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=room, f_frsize=1))
+        try:
+            bake_file(base, [Asked(str(lora))], output, Options(overwrite=True))
+        except LoratoolError as error:
+            assert "there is not enough room" in error.message and error.message.endswith(" MiB needed")
+            return False
+        return True
+
+
+def test_there_must_be_room_for_what_is_copied(base: Path, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (base / "tokenizer" / "merges.txt").write_bytes(bytes(1 << 19))
+    names = [name for name in tree(base) if name not in (UNET, ENCODER, VAE, ".cache/secret")]
+    needed = sum((base / name).stat().st_size for name in names)
+    needed += sum(tensor.nbytes for name in (UNET, ENCODER) for tensor in read_header(base / name).tensors.values())
+    output = base.parent / "out"
+    assert not fits(base, lora, output, needed - 1, monkeypatch)
+    assert fits(base, lora, output, needed, monkeypatch)
+    memory = Path("/dev/shm")
+    if memory.is_dir() and memory.stat().st_dev != base.stat().st_dev:  # no links to there
+        with tempfile.TemporaryDirectory(dir=memory) as elsewhere:
+            there = Path(elsewhere, "out")
+            needed += (base / VAE).stat().st_size
+            assert not fits(base, lora, there, needed - 1, monkeypatch)
+            assert fits(base, lora, there, needed, monkeypatch)
 
 
 def test_links_into_a_cache_are_followed(tmp_path: Path, base: Path, lora: Path) -> None:
@@ -269,6 +312,21 @@ def test_a_folder_of_transformers(tmp_path: Path) -> None:
     assert json.loads((output / "config.json").read_text()) == {"dtype": "bfloat16"}
     assert report.files == ("model.safetensors",)
     assert read_header(output / "model.safetensors").metadata["format"] == "pt"
+
+
+@pytest.mark.parametrize("name", ["unet/config.json", "unet/diffusion_pytorch_model.safetensors.index.json"])
+def test_a_broken_config_is_named_as_the_bases_file(base: Path, lora: Path, name: str) -> None:
+    if "index" in name:
+        config(base / name, weight_map={"conv_in.bias": Path(UNET).name}, metadata="odd")
+        output, _ = baked(base, lora, Options(dtype="F32"))  # what is odd in it is left out
+        total = sum(tensor.nbytes for tensor in read_header(output / UNET).tensors.values())
+        assert json.loads((output / name).read_text())["metadata"] == {"total_size": total}
+        shutil.rmtree(output)
+    (base / name).write_text("{", encoding="utf-8")
+    with pytest.raises(LoratoolError, match="is no JSON") as caught:
+        bake_file(base, [Asked(str(lora))], base.parent / "out", Options(dtype="F32"))
+    assert caught.value.file == str(base / name)
+    assert sorted(os.listdir(base.parent)) == ["lora.safetensors", "model"]
 
 
 def test_an_existing_folder_is_replaced_as_a_whole(base: Path, lora: Path) -> None:
