@@ -124,8 +124,8 @@ def extract_file(
         )
         finite_or_raise(done, wish.dtype)
         modules = [one.module for one in done.found]
-        if not modules:
-            raise _nothing(places, len(done.skipped), wish)
+        if not modules and not work.extras:
+            raise _nothing(places, len(done.skipped), wish, rest)
         made = work.made(modules, hashes())
         held = None
         if output is not None:
@@ -257,12 +257,14 @@ def _others(rest: Sequence[Rest], full: bool) -> tuple[Others, ...]:
     return tuple(found)
 
 
-def _nothing(places: Places, skipped: int, wish: Wish) -> LoratoolError:
-    linear = sum(place.kind == LINEAR for place in places.both)
-    if not linear:
+def _nothing(places: Places, skipped: int, wish: Wish, rest: Sequence[Rest]) -> LoratoolError:
+    if not places.both:
         return LoratoolError("has no weight in common with the base", hint="name two checkpoints of one model")
     limit = f" by more than {wish.min_norm:g} of its norm" if wish.min_norm else ""
-    return LoratoolError(f"none of its {skipped} linears and convolutions differs from the base{limit}")
+    way = None
+    if any(one.tensor is not None for one in rest):
+        way = "norms, biases or embeddings do: --full keeps those"
+    return LoratoolError(f"none of its {skipped} linears and convolutions differs from the base{limit}", hint=way)
 
 
 def _apart(rest: Sequence[Rest], layout: Layout, full: bool) -> Iterator[str]:

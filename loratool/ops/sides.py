@@ -43,9 +43,13 @@ class Place(NamedTuple):
     kind: str
 
 
+_Shapes = tuple[str, tuple[int, ...] | None, tuple[int, ...] | None]
+"""A parameter's title and its shapes in BASE and in TUNED, None where it is not there."""
+
+
 class Places(NamedTuple):
     """The weights under the names of a layout that both checkpoints have; by title those that one of them has not, and
-    those of another shape."""
+    those of another shape, their biases and a model's other parameters among them."""
 
     both: tuple[Place, ...]
     missing: tuple[str, ...]
@@ -95,7 +99,35 @@ class Sides:
             )
         for side in (self.base, self.tuned):
             _check_stored(side, both)
+        for name, before, after in (*self._biases(both), *self._unnamed()):
+            if before is None or after is None:
+                missing.append(name)
+            elif before != after:
+                misshapen.append(f"{name} {list(before)} and {list(after)}")
         return Places(tuple(both), tuple(missing), tuple(misshapen))
+
+    def _biases(self, places: Sequence[Place]) -> Iterator[_Shapes]:
+        """The biases beside weights that one of the two has."""
+        for place in places:
+            before, after = (_bias_shape(side, place.module) for side in (self.base, self.tuned))
+            if before is not None or after is not None:
+                yield f"{place.module.title}.bias", before, after
+
+    def _unnamed(self) -> Iterator[_Shapes]:
+        """Everything of a model without a table that is no weight of the base nor the bias of one: other parameters,
+        and weights that TUNED alone has."""
+        for component in self.components if self.architecture.id == "generic" else ():
+            prefix = self.base.voices[component].prefix
+            named = {prefix + name for name in self.architecture.naming(component, "base")}
+            before, after = self.base.components[component], self.tuned.components[component]
+            # What is spelled differently in TUNED has the base's name behind its own: see `weights_for`.
+            own = {id(tensor): key for key, tensor in after.items()}
+            for key in (*before, *(key for key in own.values() if key not in before)):
+                name, _, kind = key.rpartition(".")
+                if not key.startswith(prefix) or (name in named and kind in ("weight", "bias")):
+                    continue
+                title = f"{component}.{key[len(prefix) :].removesuffix('.weight')}"
+                yield title, _shape(before.get(key)), _shape(after.get(key))
 
     def difference(self, module: Module, device: str = "cpu") -> tuple[Tensor, float]:
         """TUNED - BASE of a weight, float32 `(out, in * kh * kw)`, and the Frobenius norm of that in BASE.
@@ -248,6 +280,16 @@ def _check_stored(side: BaseWeights, places: Sequence[Place]) -> None:
     scaled = next((key for tensors in side.components.values() for key in tensors if _SCALED.search(key)), None)
     if scaled is not None:
         raise FormatError("belongs to quantised weights", file=side.path, key=scaled, hint="name one in 16 or 32 bits")
+
+
+def _bias_shape(side: BaseWeights, module: Module) -> tuple[int, ...] | None:
+    """The shape of the tensor that the bias beside a weight is in; None where there is none."""
+    key = side.spans(module)[0].bias_key
+    return None if key is None else _shape(side.components[module.component].get(key))
+
+
+def _shape(tensor: LazyTensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tensor.shape
 
 
 def _bias(side: BaseWeights, module: Module) -> Tensor | None:

@@ -58,9 +58,9 @@ def spell(adapter: Adapter, to: str, *, drop_extras: bool = False) -> Spelled:
 def check_writable(adapter: Adapter, to: str) -> Layout:
     """The layout `to`. Raises NotRepresentable for modules that it cannot express, UsageError if it is only read."""
     layout = layouts()[to]
-    if not adapter.modules:
+    if adapter.unread_families and not adapter.modules:
         kinds = ", ".join(f"{count} {family}" for family, count in sorted(adapter.unread_families.items()))
-        raise NotRepresentable(f"holds no module that can be read yet, only {kinds or 'other tensors'}")
+        raise NotRepresentable(f"holds no module that can be read yet, only {kinds}")
     if not layout.writable:
         writable = ", ".join(sorted(known.id for known in layouts().values() if known.writable))
         raise UsageError(f"the layout {to} is only read", hint=f"write one of: {writable}")

@@ -36,9 +36,10 @@ def show(report: ExtractReport, console: Console, modules: bool = False) -> None
     from loratool.report.lines import facts
 
     console.print(facts([*_inputs(report), *_totals(report)]))
-    console.print()
-    _components(report, console)
-    _modules(report, console, modules)
+    if report.modules:  # else it holds full differences only
+        console.print()
+        _components(report, console)
+        _modules(report, console, modules)
 
 
 Facts = list[tuple[str, str, str]]
@@ -62,8 +63,7 @@ def _totals(report: ExtractReport) -> Facts:
         ("rule", report.rule, ""),
         ("wrote", inert(report.output, 200), "") if report.output else ("output", "not written", "yellow"),
         ("", made, ""),
-        ("kept", kept, ""),
-        ("SVD", _method(report), ""),
+        *([("kept", kept, ""), ("SVD", _method(report), "")] if report.modules else []),
         *_skipped(report),
         *(_other(one) for one in report.others),
     ]

@@ -73,6 +73,17 @@ def test_a_report_on_stdout(sides: Sides, tmp_path: Path) -> None:
     assert {module.rank for module in open_adapter(output).modules} <= {1, 2}
 
 
+def test_a_report_without_pairs(tmp_path: Path) -> None:
+    before = llm(False)
+    norm = "model.layers.0.input_layernorm.weight"
+    files = save(tmp_path / "a", before), save(tmp_path / "b", before | {norm: before[norm] + 0.01})
+    result = run(files, "--rank", "2", "--full", "-o", tmp_path / "o.safetensors")
+    assert result.exit_code == 0
+    titles = [line.split("  ")[0] for line in result.stdout.splitlines() if line[:1].strip()]
+    assert titles == ["base", "tuned", "rule", "wrote", "skipped", "in full", "verified"]
+    assert "comfyui, 0 modules" in result.stdout and "1 norm differs" in result.stdout
+
+
 @pytest.mark.parametrize("kind", RULES)
 def test_every_rule(sides: Sides, tmp_path: Path, kind: str) -> None:
     output = tmp_path / "o.safetensors"

@@ -326,6 +326,29 @@ def test_other_parameters_are_told(tmp_path: Path) -> None:
     assert report.layout == "kohya"
 
 
+def test_parameters_that_only_one_has_are_told(tmp_path: Path) -> None:
+    """Of a model without a table: everything that its names do not show, too. The wrapper of TUNED is another one."""
+    before, after = llm(False), llm(True)
+    norm, head = "model.layers.0.input_layernorm", "lm_head"
+    before |= {f"{norm}.bias": torch.zeros(16), "model.scale": torch.zeros(2), "model.gone": torch.zeros(2)}
+    after |= {f"{head}.bias": torch.zeros(40), "model.scale": torch.zeros(3), "model.new.weight": torch.zeros(4, 4)}
+    respelled = {key.replace("model.", "wrapped.model.", 1): one for key, one in after.items()}
+    for tuned in (after, {key if key.startswith("w") else f"wrapped.{key}": one for key, one in respelled.items()}):
+        report = extract_file(save(tmp_path / "a", before), save(tmp_path / "b", tuned), None, wish())
+        missing = {f"model.{norm}.bias", f"model.{head}.bias", "model.model.gone", "model.model.new"}
+        assert (set(report.missing), len(report.missing)) == (missing, 4)
+        assert report.misshapen == ("model.model.scale [2] and [3]",)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_other_parameters_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    before, after = llm(False), llm(True)
+    before["model.layers.0.modulation"] = torch.zeros(6, 16)
+    after["model.layers.0.modulation"] = torch.full((6, 16), value)
+    with pytest.raises(FormatError, match="a parameter holds NaN or infinite values"):
+        extract_file(save(tmp_path / "a", before), save(tmp_path / "b", after), None, wish())
+
+
 # -- rules ------------------------------------------------------------------------------------------------------------
 
 
@@ -539,6 +562,25 @@ def test_full_differences(tmp_path: Path, layout: str) -> None:
     lost = "kohya has no spelling for the bias of a linear or convolution, 2 are left out: --to comfyui keeps them"
     assert report.notes == ((lost,) if layout == "kohya" else ())
     bake_file(base, [Asked(str(output))], tmp_path / "again.safetensors", architecture="sd15")  # all has a place
+
+
+@pytest.mark.parametrize("layout", ["kohya", "comfyui"])
+def test_full_differences_alone(tmp_path: Path, layout: str) -> None:
+    """Training of norms only."""
+    base, _, deltas = with_norms(tmp_path)
+    tensors = {key: tensor.load() for key, tensor in read_bundle(base).tensors.items()}
+    norm = "model.diffusion_model.input_blocks.1.0.in_layers.0"
+    own = {key: tensors[key] + deltas[key] for key in (f"{norm}.weight", f"{norm}.bias")}
+    tuned, output = save(tmp_path / "norms.safetensors", {**tensors, **own}), tmp_path / "o.safetensors"
+    with pytest.raises(LoratoolError, match=r"none of its 2 linears .* differs .*; norms, .* do: --full keeps those"):
+        extract_file(base, tuned, output, wish(), to=layout, architecture="sd15")
+    report = extract_file(base, tuned, output, wish(), to=layout, full=True, architecture="sd15")
+    assert (report.modules, report.error, report.unchanged) == ((), 0.0, 2)
+    assert {one.kind: (one.count, one.kept) for one in report.others} == {"norm": (1, 1), "bias": (1, 1)}
+    bake_file(base, [Asked(str(output))], tmp_path / "again.safetensors", architecture="sd15")
+    again = read_bundle(tmp_path / "again.safetensors").tensors
+    for key, tensor in {**tensors, **own}.items():
+        assert torch.allclose(again[key].load(), tensor, atol=1e-7), key
 
 
 def test_a_full_difference_that_does_not_fit_is_refused(tmp_path: Path) -> None:
