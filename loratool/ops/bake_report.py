@@ -148,7 +148,7 @@ def bake_report(
         undo=None,
         undo_size=None,
         checked=None,
-        notes=(*(note for one in task.inputs for note in one.adapter.notes), *task.notes),
+        notes=tuple(dict.fromkeys((*(note for one in task.inputs for note in one.adapter.notes), *task.notes))),
         seconds=0.0,
     )
 

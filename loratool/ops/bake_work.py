@@ -16,7 +16,7 @@ from torch import Tensor
 from loratool.core.errors import FormatError, LoratoolError
 from loratool.core.tensor import LazyTensor, torch_dtype
 from loratool.files.stream import stretch
-from loratool.ops.rounding import FP8, WIDE, fresh_scale, rounded, uniform
+from loratool.ops.rounding import FP8, WIDE, beyond, fresh_scale, rounded, uniform
 from loratool.ops.sites import Site
 from loratool.ops.stored import byte_range, part_of, scale_column
 from loratool.ops.updates import Adder, adder, alone, check_parts
@@ -84,7 +84,8 @@ class Work:
         """Notes how much of the update is in the last block. `written` is what `block` gave."""
         base, total = self._base, self._total
         if not self._site.parts:
-            self.sums.cast(base, written)
+            if self.scale is None:  # a fresh one fits
+                self.sums.cast(base, written)
             return
         after = self._desk.room("after", total.shape).copy_(written)
         if self.scale is not None:
@@ -161,10 +162,9 @@ class Sums:
         self.square.append(torch.dot(flat, flat))
 
     def cast(self, before: Tensor, after: Tensor) -> None:
-        """Where nothing is added: infinite only where a number became infinite."""
-        if after.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):  # which end at their largest number
-            burst = (after.isinf() & before.isfinite()).any()
-            self.square.append(torch.where(burst, math.inf, 0.0))
+        """Where nothing is added: infinite only where a number became infinite, or fp8's largest from beyond it."""
+        burst = before.abs() > beyond(self.site.dtype) if self.site.dtype in FP8 else after.isinf()
+        self.square.append(torch.where((burst & before.isfinite()).any(), math.inf, 0.0))
 
 
 def survivals(sums: Sequence[Sums]) -> list[Survival]:

@@ -99,7 +99,7 @@ def look_at(path: str | os.PathLike[str]) -> Look:
     if model is None:
         other = what_it_is(Bundle(dict(keys)))
         known = other is not None and other.what.startswith("a checkpoint")
-        return Look(None, other.what if other else "no checkpoint, but an adapter or unknown", files.size_bytes, known)
+        return Look(None, other.what if other else "an adapter, or unknown", files.size_bytes, known)
     held, other_shapes = _fit(keys, model)
     if not held:
         part = f"a part of {model.title} without its {next(iter(model.components))}"

@@ -83,6 +83,11 @@ class Found:
         """The last part of its name."""
         return self.name.rpartition("/")[2]
 
+    @property
+    def pickle(self) -> bool:
+        """Whether it is a PyTorch file, by its suffix."""
+        return self.path.suffix.lower() in PICKLES
+
 
 def look_around(environ: Mapping[str, str] | None = None, home: Path | None = None) -> Around:
     """The surroundings; those of this process where nothing is given. Raises UsageError for a broken config file."""
@@ -212,9 +217,13 @@ def _walk(path: Path, deeper: int, entered: set[str]) -> Iterator[Path]:
 
 
 def called(name: str, files: Iterable[Found]) -> list[Found]:
-    """The files of a name: the bare one (`style`) or with folders (`anime/style`), with or without `.safetensors`."""
-    wanted = plain(name.replace("\\", "/"))
-    return [file for file in files if wanted in (file.name, file.stem)]
+    """The files of a name: the bare one (`style`) or with folders (`anime/style`), with or without `.safetensors`.
+
+    Without its suffix a pickle (`style.pt`) is only meant where nothing else is called so.
+    """
+    wanted, files = plain(name.replace("\\", "/")), list(files)
+    found = [file for file in files if wanted in (file.name, file.stem)]
+    return found or [f for f in files if f.pickle and wanted in (os.path.splitext(n)[0] for n in (f.name, f.stem))]
 
 
 def plain(name: str) -> str:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.core.errors import LoratoolError, UsageError
-from loratool.files.bundle import PICKLES
 from loratool.files.checkpoint import WEIGHTS
 from loratool.files.safetensors import read_header
 from loratool.ops.places import Found, called, counted, did_you_mean, files_in, look_around, lora_places
@@ -82,8 +81,8 @@ def find_lora(name: str, *, environ: Mapping[str, str] | None = None, home: Path
     places = lora_places(look_around(environ, home))
     files = list(files_in(places))
     # WebUI does not know suffixes: style.pt and style.safetensors are both `style`.
-    fitting = called(name, files) or [file for file in files if _is_pickle(file) and Path(file.stem).stem == name]
-    readable = [file for file in fitting if not _is_pickle(file)] or fitting
+    fitting = called(name, files)
+    readable = [file for file in fitting if not file.pickle] or fitting
     trained = {} if readable else _trained_as(files)
     readable = readable or [file for file in files if trained.get(file.path) == name]
     if len(readable) == 1:
@@ -98,10 +97,6 @@ def find_lora(name: str, *, environ: Mapping[str, str] | None = None, home: Path
         f"no LoRA is called {name!r}: looked at {looked}",
         hint=f"{near}give the file itself, or add its folder to `loras:` in the config file",
     )
-
-
-def _is_pickle(file: Found) -> bool:
-    return file.path.suffix.lower() in PICKLES
 
 
 def _trained_as(files: Sequence[Found]) -> dict[Path, str]:

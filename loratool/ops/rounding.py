@@ -44,6 +44,12 @@ def largest(dtype: str) -> float:
     return float(torch.finfo(torch_dtype(dtype)).max)
 
 
+def beyond(dtype: str) -> float:
+    """What is larger than this is too large for a dtype: half a step above its largest number."""
+    top = torch.tensor(largest(dtype), dtype=torch.float64)
+    return float(top + ulp(top, dtype) / 2)
+
+
 def ulp(values: Tensor, dtype: str) -> Tensor:
     """The distance of neighbouring numbers of a dtype around values (float32 or float64)."""
     kind = torch.finfo(torch_dtype(dtype))

@@ -192,7 +192,7 @@ class Search:
         )
 
     def _unknown(self, text: str) -> LoratoolError:
-        names = [*models(), *self.entries]
+        names = list(dict.fromkeys((*models(), *self.entries)))
         if any(sign in text for sign in ("/", os.sep)) or Path(text).suffix.lower() in (WEIGHTS, *PICKLES):
             near = did_you_mean(plain(text), [file.stem for file in self.files])
             hint = f"{near}check the path; `loratool bases` lists the files that need none"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from math import prod
 from typing import TYPE_CHECKING, Any
 
+from loratool.core.tensor import DTYPES
 from loratool.ops.bake_report import LOW, Baked, BakeReport
 from loratool.report.inert import inert
 from loratool.report.units import few, plural, size
@@ -33,8 +35,9 @@ def show(report: BakeReport, console: Console, tensors: bool = False) -> None:
     from loratool.report.lines import facts
 
     console.print(facts([*_inputs(report), *_output(report)], _TITLES))
-    console.print()
-    _components(report, console)
+    if report.components:  # else all was only cast
+        console.print()
+        _components(report, console)
     remarks = list(_remarks(report))
     if remarks:
         console.print()
@@ -70,9 +73,9 @@ def _output(report: BakeReport) -> Facts:
         yield "wrote", inert(report.output, 200), ""
         speed = f", {size(int(report.size / report.seconds))}/s" if report.seconds else ""
         yield "", f"{size(report.size)} in {report.seconds:.1f} s{speed}", ""
-    changed = sum(one.bytes for one in report.components)
-    count = sum(one.tensors for one in report.components)
-    yield "changed", f"{plural(count, 'tensor')}, {size(changed)}; {size(report.untouched)} keep their bytes", ""
+    changed = sum(prod(one.shape) * DTYPES[one.dtype] // 8 for one in report.tensors)
+    count = plural(len(report.tensors), "tensor")
+    yield "changed", f"{count}, {size(changed)}; {size(report.untouched)} keep their bytes", ""
     if report.linked or report.copied:
         yield "", f"other files: {report.linked:,} linked, {report.copied:,} copied", ""
     if report.dtype is not None:

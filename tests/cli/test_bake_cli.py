@@ -170,6 +170,10 @@ def test_without_verification_it_says_so(base: Path, lora: Path, out: Path) -> N
 def test_a_cast_is_told(base: Path, lora: Path, out: Path) -> None:
     assert "dtype all weights are BF16 now" in flat(run(lora, "--base", base, "-o", out, "--dtype", "bf16"))
     assert {tensor.dtype for tensor in load(out).values()} == {BF16}
+    text = flat(run("--base", base, "-o", out, "--dtype", "fp32", "--overwrite"))  # nothing but cast
+    nbytes = sum(tensor.nbytes for tensor in load(out).values()) - 128
+    assert f"changed 4 tensors, {nbytes / 1024:.1f} KiB; 128 B keep their bytes" in text
+    assert "component" not in text
 
 
 def test_a_lost_update_is_warned_of_and_stochastic_rounding_keeps_it(tmp_path: Path, out: Path) -> None:

@@ -512,6 +512,13 @@ def refused(base: Path, lora: Path | None, words: str, options: Options | None =
     return caught.value
 
 
+def test_a_note_of_several_loras_is_told_once(tmp_path: Path, base: Path) -> None:
+    header = {"ss_network_args": '{"split_qkv": "true"}'}
+    loras = [save(tmp_path / f"{name}.safetensors", kohya(SHAPES), header) for name in "ab"]
+    report = bake_file(base, [Asked(str(one)) for one in loras], None)
+    assert sum("split_qkv" in note for note in report.notes) == 1
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("verify", [True, False])
 def test_an_adapter_with_nan_is_refused(tmp_path: Path, base: Path, bad: float, verify: bool) -> None:
@@ -548,11 +555,20 @@ def test_an_update_too_large_for_float16_is_refused(tmp_path: Path, base: Path, 
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_a_cast_to_float16_that_overflows_is_refused(tmp_path: Path, verify: bool) -> None:
-    weight = noise(200, 8, dtype=BF16)
-    weight[117, 3] = 70000.0
+@pytest.mark.parametrize(
+    ("dtype", "fits", "bursts"),
+    [("F16", 65519.0, 65520.0), ("F8_E4M3", 464.0, 464.1), ("F8_E5M2", -61440.0, -61441.0)],
+)
+def test_a_cast_that_overflows_is_refused(tmp_path: Path, verify: bool, dtype: str, fits: float, bursts: float) -> None:
+    weight = noise(200, 8)
+    weight[117, 3] = fits
     base = save(tmp_path / "b.safetensors", {"layer.weight": weight})
-    error = refused(base, None, "too large for F16", Options(dtype="F16", verify=verify))
+    after, _ = baked(base, [], Options(dtype=dtype, verify=verify))
+    assert float(after["layer.weight"].float().abs().max()) == torch.finfo(after["layer.weight"].dtype).max
+    weight[117, 3] = bursts
+    base = save(tmp_path / "b.safetensors", {"layer.weight": weight})
+    os.unlink(tmp_path / "out.safetensors")
+    error = refused(base, None, f"too large for {dtype}", Options(dtype=dtype, verify=verify))
     assert error.key == "layer.weight"
 
 

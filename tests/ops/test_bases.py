@@ -189,6 +189,10 @@ def test_by_file_name(home: Path) -> None:
     assert "web page" in str(refused("broken", home))
     sparse_file(home / COMFY / "vae.safetensors", {"decoder.conv_in.weight": (4, 4)})
     assert "is a VAE, not a checkpoint" in str(refused("vae", home))
+    (home / COMFY / "old.ckpt").write_bytes(b"\x80\x02}q\x00.")
+    assert "is a pickle; checkpoints are only read from safetensors" in str(refused("old", home))
+    file = sd15(home / COMFY / "old.safetensors")  # as it was rewritten
+    assert resolved("old", home) == (str(file), "sd15", "ComfyUI")
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
@@ -230,12 +234,12 @@ def test_none_found(home: Path) -> None:
 )
 def test_an_unknown_name(home: Path, text: str, near: str) -> None:
     sd15(home / COMFY / "dream.safetensors")
-    config(home, f"bases: {{anime: {home}/a.safetensors}}\n")
+    config(home, f"bases: {{anime: {home}/a.safetensors, sd15: {home}/b.safetensors}}\n")
     error = refused(text, home)
     assert (
         error.exit_code == 2
         and f"did you mean {near}?" in str(error)
-        and f"known: {', '.join(models())}, anime" in str(error)
+        and f"known: {', '.join(models())}, anime;" in str(error)
     )
 
 
@@ -408,7 +412,7 @@ def test_what_cannot_be_added(home: Path) -> None:
     lora = sparse_file(home / "lora.safetensors", {"lora_unet_x.lora_up.weight": (4, 2)})
     for name, path, what in (
         ("sd15", file, "is Stable Diffusion XL, not Stable Diffusion 1.x; call it sdxl"),
-        ("mine", lora, "not a checkpoint"),
+        ("mine", lora, "lora.safetensors: is an adapter, or unknown, not a checkpoint; name"),
         ("mine", home / "none.safetensors", "does not exist"),
         ("mine", home / "here", "holds no safetensors"),
         ("a/b", file, "cannot be a name"),
