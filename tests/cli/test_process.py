@@ -65,6 +65,16 @@ def test_what_is_printed_gets_into_no_file(style: Path, tmp_path: Path) -> None:
     assert (tmp_path / "plain").read_bytes() == (tmp_path / "closed").read_bytes()
 
 
+@pytest.mark.parametrize(("encoding", "shown"), [("iso8859-5", "st\\xefl"), ("utf-8", "st\xefl")])
+def test_letters_that_the_encoding_lacks_are_escaped(style: Path, tmp_path: Path, encoding: str, shown: str) -> None:
+    copy = tmp_path / "st\xefl.safetensors"
+    copy.write_bytes(style.read_bytes())
+    done = run("info", str(copy), before=f"PYTHONIOENCODING={encoding}")
+    assert (done.returncode, done.stderr) == (0, "") and shown in done.stdout
+    missing = run("info", f"{copy}x", before=f"PYTHONIOENCODING={encoding}")
+    assert missing.returncode == 1 and shown in missing.stderr and missing.stderr.count("\n") == 1
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_is_one_line(words: list[str]) -> None:
     done = run(*words, after="> /dev/full")
