@@ -32,7 +32,8 @@ def device_named(text: str) -> str:
         return "cuda" if there else "cpu"
     if number >= there:
         seen = f"torch sees {there} of them" if there else "torch sees no GPU"
-        raise UsageError(f"there is no device {name}: {seen}", hint="use --device cpu")
+        known = "".join(f"cuda:{index} or " for index in range(there))
+        raise UsageError(f"there is no device {name}: {seen}", hint=f"use --device {known}cpu")
     return name
 
 

@@ -25,7 +25,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_named("auto") == "cpu"  # without asking torch
     monkeypatch.setattr(devices, "_may_have_gpu", lambda: True)
     assert [device_named(name) for name in ("auto", "cuda", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
-    with pytest.raises(UsageError, match="sees 2"):
+    with pytest.raises(UsageError, match="sees 2 of them; use --device cuda:0 or cuda:1 or cpu"):
         device_named("cuda:2")
     assert devices.devices_named("auto") == ["cuda"]
     assert devices.devices_named("cuda:1, CUDA:0") == ["cuda:1", "cuda:0"]
