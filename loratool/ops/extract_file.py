@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.core.adapter import CONFIG, Adapter
@@ -20,60 +19,15 @@ from loratool.core.registry import architectures, layouts
 from loratool.core.tensor import LazyTensor
 from loratool.files.bundle import check_output
 from loratool.ops import recipe
-from loratool.ops.extract import BIAS, Rest, Wish, check_full, check_wish, extract, finite_or_raise, rest_of
-from loratool.ops.made import Held, Made, Progress, make, save_made, told
+from loratool.ops.extract import Rest, Wish, check_full, check_wish, extract, finite_or_raise, rest_of
+from loratool.ops.extract_report import ExtractReport, extract_report
+from loratool.ops.made import Made, Progress, make, save_made, told
 from loratool.ops.ranks import check_limits
 from loratool.ops.recipe import file_name
-from loratool.ops.resize import Cut
-from loratool.ops.sides import LINEAR, Places, Sides, open_sides
+from loratool.ops.sides import Places, Sides, open_sides
 
 PROBED = 1e-6
 """How far off measuring a product in float32 may be by itself, where the input is wide."""
-
-
-@dataclass(frozen=True)
-class Others:
-    """Norms, biases, embeddings or other parameters that differ: how many, the Frobenius norm of all their differences
-    together, and how many of them the output holds in full."""
-
-    kind: str
-    count: int
-    norm: float
-    kept: int
-
-
-@dataclass(frozen=True)
-class ExtractReport:
-    """What `loratool extract` did. `output` is None in a dry run; sizes in bytes, of the tuned checkpoint and of the
-    output. `modules` count truncation and the rounding of the stored factors; `norm`, `energy` and `error` are those
-    of all linears and convolutions, skipped ones included. `exact` counts modules whose SVD is not randomised;
-    `unchanged` weights without a difference, `below` those under `min_norm`, `missing` those that one checkpoint has
-    not, `misshapen` those of two shapes. `seconds` of wall time."""
-
-    base: str
-    tuned: str
-    output: str | None
-    layout: str
-    architecture: str
-    architecture_title: str
-    rule: str
-    dtype: str
-    modules: tuple[Cut, ...]
-    exact: int
-    unchanged: int
-    below: tuple[str, ...]
-    missing: tuple[str, ...]
-    misshapen: tuple[str, ...]
-    others: tuple[Others, ...]
-    ranks_after: Mapping[int, int]
-    size_before: int
-    size_after: int
-    norm: float
-    energy: float
-    error: float
-    held: Held | None
-    notes: tuple[str, ...]
-    seconds: float
 
 
 def extract_file(
@@ -141,31 +95,11 @@ def extract_file(
             )
     except LoratoolError as error:
         raise error.with_file(after) from error.__cause__
-    off = done.error
-    return ExtractReport(
-        base=before,
-        tuned=after,
+    return replace(
+        extract_report(sides, layout, wish, places, rest, full, done),
         output=None if output is None else os.fspath(output),
-        layout=layout.id,
-        architecture=sides.architecture.id,
-        architecture_title=sides.architecture.title,
-        rule=wish.rule.title,
-        dtype=wish.dtype,
-        modules=tuple(one.cut for one in done.found),
-        exact=sum(one.exact for one in done.found),
-        unchanged=sum(not one.norm for one in done.skipped),
-        below=tuple(one.title for one in done.skipped if one.norm),
-        missing=places.missing,
-        misshapen=places.misshapen,
-        others=_others(rest, full),
-        ranks_after=dict(Counter(module.rank for module in modules).most_common()),
-        size_before=sides.tuned_files.size_bytes,
         size_after=made.size_bytes,
-        norm=done.norm,
-        energy=max(1 - off * off, 0.0),
-        error=off,
         held=held,
-        notes=(*_notes(sides, places, layout), *_apart(rest, layout, full)),
         seconds=time.perf_counter() - started,
     )
 
@@ -248,15 +182,6 @@ def _kept(rest: Sequence[Rest]) -> dict[str, LazyTensor]:
     return {one.key: one.tensor for one in rest if one.key is not None and one.tensor is not None}
 
 
-def _others(rest: Sequence[Rest], full: bool) -> tuple[Others, ...]:
-    found = []
-    for kind in dict.fromkeys(one.kind for one in rest):
-        own = [one for one in rest if one.kind == kind]
-        norm = sum(one.norm**2 for one in own) ** 0.5
-        found.append(Others(kind, len(own), norm, sum(one.tensor is not None for one in own) if full else 0))
-    return tuple(found)
-
-
 def _nothing(places: Places, skipped: int, wish: Wish, rest: Sequence[Rest]) -> LoratoolError:
     if not places.both:
         return LoratoolError("has no weight in common with the base", hint="name two checkpoints of one model")
@@ -265,31 +190,3 @@ def _nothing(places: Places, skipped: int, wish: Wish, rest: Sequence[Rest]) -> 
     if any(one.tensor is not None for one in rest):
         way = "norms, biases or embeddings do: --full keeps those"
     return LoratoolError(f"none of its {skipped} linears and convolutions differs from the base{limit}", hint=way)
-
-
-def _apart(rest: Sequence[Rest], layout: Layout, full: bool) -> Iterator[str]:
-    """What `full` leaves out."""
-    lost = sum(one.kind == BIAS and one.key is None for one in rest) if full else 0
-    if lost:
-        what = f"{layout.id} has no spelling for the bias of a linear or convolution"
-        yield f"{what}, {lost} are left out: --to comfyui keeps them"
-
-
-def _notes(sides: Sides, places: Places, layout: Layout) -> tuple[str, ...]:
-    notes = []
-    if sides.unmatched:
-        notes.append(f"only one of the two has {', '.join(sides.unmatched)}")
-    unspoken = [c for c in sides.components if c not in layout.written(sides.architecture)]
-    if unspoken:
-        notes.append(f"{layout.id} has no spelling for {', '.join(unspoken)}: left out")
-    if sides.outside:
-        what = f"{sides.outside} weights outside of the diffusion model (text encoders, a VAE) were not compared"
-        notes.append(f"{what}: if the model is a known one, name it with --architecture")
-    ignored = [c for c in sides.base.components if c in sides.tuned.components and c not in sides.components]
-    if ignored:
-        notes.append(f"no LoRA is made for {', '.join(ignored)}")
-    before, after = sides.dtypes([place for place in places.both if place.kind == LINEAR])
-    if before != after:
-        kinds = [" and ".join(sorted(found)) for found in (before, after)]
-        notes.append(f"stored as {kinds[0]} and as {kinds[1]}: the rounding of the coarser is part of the difference")
-    return tuple(notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from loratool.ops.extract_file import ExtractReport, Others
+from loratool.ops.extract_report import ExtractReport, Others
 from loratool.ops.resize import Cut
 from loratool.ops.summary import Summary, summaries, summary
 from loratool.report.inert import inert

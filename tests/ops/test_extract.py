@@ -23,7 +23,8 @@ from loratool.ops import extract as extraction
 from loratool.ops import recipe
 from loratool.ops.bake_file import bake_file
 from loratool.ops.extract import Wish
-from loratool.ops.extract_file import ExtractReport, extract_file
+from loratool.ops.extract_file import extract_file
+from loratool.ops.extract_report import ExtractReport
 from loratool.ops.inputs import Asked
 from loratool.ops.open import open_adapter
 from loratool.ops.ranks import Limits, parse_rule
