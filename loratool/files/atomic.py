@@ -85,7 +85,8 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     if target.exists() and not overwrite and any(target.iterdir()):
         raise _exists(target)
     with scratch_folder(target) as temporary:
-        yield temporary
+        with _told_as(temporary, target):
+            yield temporary
         try:
             for place, _, names in os.walk(temporary):
                 for name in names:
@@ -114,7 +115,7 @@ def scratch_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             lock = _locked(os.open(temporary, os.O_RDONLY))
         except OSError as error:
             raise LoratoolError(f"cannot be written: {error.strerror}", file=str(target)) from error
-        with _told_as(temporary, target):
+        with _told_as(temporary, target, inside=False):
             yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -124,23 +125,26 @@ def scratch_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _told_as(temporary: Path, target: Path) -> Iterator[None]:
-    """Errors about what is not finished name what it was to become: the other name is gone when they are read."""
+def _told_as(temporary: Path, target: Path, inside: bool = True) -> Iterator[None]:
+    """Errors about what is not finished name what it was to become: the other name is gone when they are read.
+
+    Files of a folder that does not become the target itself (not `inside`) go by the target's name.
+    """
+
+    def final(name: str | None) -> str | None:
+        path = Path(name or "")
+        if path == temporary or temporary in path.parents:
+            return str(target / path.relative_to(temporary) if inside else target)
+        return name
+
     try:
         yield
     except LoratoolError as error:
-        error.file = _final(error.file, temporary, target)
+        error.file = final(error.file)
         raise
     except OSError as error:
-        error.filename = _final(error.filename, temporary, target)
+        error.filename = final(error.filename)
         raise
-
-
-def _final(name: str | None, temporary: Path, target: Path) -> str | None:
-    path = Path(name or "")
-    if path == temporary or temporary in path.parents:
-        return str(target / path.relative_to(temporary))
-    return name
 
 
 def _swap(temporary: Path, target: Path) -> None:

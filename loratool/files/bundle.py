@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,8 +89,11 @@ def _read_folder(place: Path) -> Bundle:
 
 def is_component_folder(place: Path) -> bool:
     """Whether a folder is one component's part of an adapter: it has the name of one, and a config in it."""
-    name = place.name
-    return (place / CONFIG).is_file() and (_COMPONENT.fullmatch(name) is not None or name in components())
+    return (place / CONFIG).is_file() and _names_component(place.name)
+
+
+def _names_component(name: str) -> bool:
+    return _COMPONENT.fullmatch(name) is not None or name in components()
 
 
 def adapters_in(path: str | os.PathLike[str]) -> list[str]:
@@ -163,22 +166,25 @@ def _read_text(path: Path) -> str:
 
 
 _OF_A_MODEL = re.compile(
-    r"(adapter_)?config\.json|model_index\.json|.*\.safetensors\.index(\.[\w-]+)?\.json|adapter_model\.bin|"
-    r"(adapter_model|adapters|model|diffusion_pytorch_model|pytorch_model)[.\w-]*\.safetensors"
+    r"adapter_config\.json|model_index\.json|.*\.safetensors\.index(\.[\w-]+)?\.json|adapter_model\.bin|"
+    r"(adapter_model|adapters|model|diffusion_pytorch_model|pytorch_model|pytorch_lora_weights)[.\w-]*\.safetensors"
 )
-"""Names of files by which a folder is known to be a model's or an adapter's. Any `.safetensors` would not do: a folder
-of downloads is full of them."""
+"""Names of files by which a folder is known to be a model's or an adapter's. Any `.safetensors` would not do, as a
+folder of downloads is full of them, nor `config.json`, which many a project has."""
 
 
-def _shallow(place: Path) -> Iterator[Path]:
-    """Files of a folder and of its folders."""
-    for one in place.iterdir():
-        yield from one.iterdir() if one.is_dir() and not one.is_symlink() else (one,)
+def _is_of_a_model(place: Path) -> bool:
+    """Whether a folder is a model's or an adapter's, by the files in it or in that of one of its components."""
+    parts = [sub for sub in place.iterdir() if sub.is_dir() and _names_component(sub.name)]
+    return any(_OF_A_MODEL.fullmatch(file.name) for folder in (place, *parts) for file in folder.iterdir())
 
 
 def check_apart(path: str | os.PathLike[str], inputs: Sequence[str]) -> None:
-    """Refuses an output that is one of the inputs, a part of one, or a folder with one in it."""
+    """Refuses an output that is one of the inputs, a part of one, or a folder with one in it, and one without a
+    name."""
     place = Path(path)
+    if place.name in ("", ".."):
+        raise UsageError(f"{str(path)!r} is no name for an output", hint="name a file or folder that can be made")
     for name in inputs:
         ours, theirs = Path(os.path.realpath(place)), Path(os.path.realpath(name))
         inside = theirs in ours.parents and theirs.is_dir()  # also of what is not there yet
@@ -194,9 +200,7 @@ def check_output(path: str | os.PathLike[str], inputs: Sequence[str], folder: bo
     `folder` says that it would be a folder. Raises LoratoolError; UsageError for what is no name of such an output.
     """
     place = Path(path)
-    check_apart(place, inputs)
-    if place.name in ("", ".."):
-        raise UsageError(f"{str(path)!r} is no name for an output", hint="name a file or folder that can be made")
+    check_apart(path, inputs)
     if not folder and not place.is_dir() and str(path).endswith(("/", os.sep)):
         name = f"{place / 'NAME'}.safetensors"
         raise UsageError("ends as a folder's name does; a file would be written", file=str(path), hint=f"name {name}")
@@ -209,9 +213,9 @@ def check_output(path: str | os.PathLike[str], inputs: Sequence[str], folder: bo
         filled = folder and any(place.iterdir())
         if not overwrite and (filled or not folder):
             raise LoratoolError("exists already", file=str(path), hint="use --overwrite to replace it")
-        if filled and not any(_OF_A_MODEL.fullmatch(file.name) for file in _shallow(place)):
+        if filled and not _is_of_a_model(place):
             raise LoratoolError(
-                "is a folder without a file named as a model's are (config.json, model.safetensors), "
+                "is a folder without a file named as a model's are (model_index.json, model.safetensors), "
                 "which is not replaced",
                 file=str(path),
                 hint="name another -o",

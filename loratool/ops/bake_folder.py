@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -86,7 +87,9 @@ def _bring(source: Path, target: Path) -> bool:
     try:
         shutil.copyfile(real, target)
     except OSError as error:
-        raise LoratoolError(f"cannot be copied: {error.strerror}", file=str(source)) from error
+        read = error.errno in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EIO)
+        file, what = (source, "read") if read else (target, "written")
+        raise LoratoolError(f"cannot be {what}: {error.strerror}", file=str(file)) from error
     return False
 
 

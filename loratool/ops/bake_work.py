@@ -21,6 +21,8 @@ from loratool.ops.sites import Site
 from loratool.ops.stored import byte_range, part_of, scale_column
 from loratool.ops.updates import Adder, adder, alone, check_parts
 
+LARGEST = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True)
 class How:
@@ -83,14 +85,21 @@ class Work:
     def survey(self, written: Tensor) -> None:
         """Notes how much of the update is in the last block. `written` is what `block` gave."""
         base, total = self._base, self._total
+        self.sums.burst(self._burst(base, total, written))
         if not self._site.parts:
-            if self.scale is None:  # a fresh one fits
-                self.sums.cast(base, written)
             return
         after = self._desk.room("after", total.shape).copy_(written)
         if self.scale is not None:
             after.mul_(part_of(self.scale, self._row, len(after)))
         self.sums.add(total.sub_(base) if self._update is None else self._update, after.sub_(base))
+
+    def _burst(self, base: Tensor, total: Tensor, written: Tensor) -> Tensor | None:
+        """Whether a number became infinite, or, in fp8, its largest from beyond that; None where the sums tell it."""
+        dtype = self._site.dtype
+        if dtype in FP8:
+            # With a fresh scale all fits, unless there is no such scale.
+            return (total.abs() > (beyond(dtype) if self.scale is None else LARGEST)).any()
+        return None if self._site.parts else (written.isinf() & base.isfinite()).any()
 
     def _fresh_scale(self, ranges: Sequence[tuple[int, int]]) -> Tensor | None:
         """The scale of the output: that at which its largest value is the largest fp8 number; 1 where it is no fp8."""
@@ -161,10 +170,10 @@ class Sums:
         self.along.append(torch.dot(change.view(-1), flat))
         self.square.append(torch.dot(flat, flat))
 
-    def cast(self, before: Tensor, after: Tensor) -> None:
-        """Where nothing is added: infinite only where a number became infinite, or fp8's largest from beyond it."""
-        burst = before.abs() > beyond(self.site.dtype) if self.site.dtype in FP8 else after.isinf()
-        self.square.append(torch.where((burst & before.isfinite()).any(), math.inf, 0.0))
+    def burst(self, found: Tensor | None) -> None:
+        """Makes the sums infinite where numbers were found that the dtype cannot hold."""
+        if found is not None:
+            self.square.append(torch.where(found, math.inf, 0.0))
 
 
 def survivals(sums: Sequence[Sums]) -> list[Survival]:
@@ -176,12 +185,13 @@ def survivals(sums: Sequence[Sums]) -> list[Survival]:
         survival = Survival(sum(islice(along, len(one.along))), sum(islice(square, len(one.square))))
         if not (math.isfinite(survival.along) and math.isfinite(survival.square)):
             check_parts(one.site.parts)
-            _check_base(one.site)
+            if one.site.parts:
+                _check_base(one.site)
             raise LoratoolError(
                 f"would hold values that are NaN, infinite or too large for {one.site.dtype}",
                 file=one.site.file.path,
                 key=one.site.key,
-                hint="lower the strength, or store a wider dtype with --dtype",
+                hint=f"{'lower the strength, or ' if one.site.parts else ''}store a wider dtype with --dtype",
             )
         found.append(survival)
     return found

@@ -218,11 +218,11 @@ class Gate:
 
 
 def _difference(sides: Sides, place: Place) -> tuple[Tensor, _Measured]:
+    difference, whole = sides.difference(place.module)
     try:
-        difference, whole = sides.difference(place.module)
         check_finite(place.module, difference)
-    except FormatError as error:
-        raise error.with_file(sides.tuned.path) from error.__cause__
+    except FormatError:
+        raise sides.sick(place.module.title, (piece for _, piece in sides.base.pieces(place.module))) from None
     norm = norm_of(difference)
     if norm > LARGEST:
         too_much = f"differs by {norm:.2g}, more than float32 can be computed with"
@@ -354,10 +354,12 @@ def rest_of(sides: Sides, places: Sequence[Place], layout: Layout, dtype: str) -
         if place.kind in (NORM, EMBEDDING):
             found += _weight_rest(sides, place, layout, dtype)
         found += _bias_rest(sides, place, layout, dtype)
-    apart = [distance(*pair) for pair in sides.others()]
-    if not all(map(math.isfinite, apart)):
-        raise FormatError("a parameter holds NaN or infinite values", file=sides.tuned.path)
-    return (*found, *(Rest(OTHER, norm, None, None) for norm in apart if norm))
+    for title, before, after in sides.others():
+        norm = distance(before, after)
+        if not math.isfinite(norm):
+            raise sides.sick(title, [before.load()])
+        found += [Rest(OTHER, norm, None, None)] if norm else []
+    return tuple(found)
 
 
 def _weight_rest(sides: Sides, place: Place, layout: Layout, dtype: str) -> list[Rest]:
@@ -373,12 +375,13 @@ def _weight_rest(sides: Sides, place: Place, layout: Layout, dtype: str) -> list
 
 
 def _bias_rest(sides: Sides, place: Place, layout: Layout, dtype: str) -> list[Rest]:
-    difference = sides.bias(place.module)
-    if difference is None or not bool((difference != 0).any()):
+    both = sides.biases(place.module)
+    difference = None if both is None else both[1] - both[0]
+    if both is None or difference is None or not bool((difference != 0).any()):
         return []
     norm = norm_of(difference[None])
     if not math.isfinite(norm):
-        raise FormatError("the bias holds NaN or infinite values", file=sides.tuned.path, key=place.module.title)
+        raise sides.sick(f"{place.module.title}.bias", both[:1])
     key = _key(sides, place, layout, ".diff_b")
     tensor = None if key is None else LazyTensor.from_torch(_fitting(difference, dtype, place))
     return [Rest(BIAS, norm, key, tensor)]

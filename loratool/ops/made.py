@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.core.adapter import Adapter, Bundle
 from loratool.core.layout import Layout
 from loratool.core.registry import layouts
+from loratool.core.tensor import same_bytes
 from loratool.files.bundle import bundle_size, read_bundle, write_bundle
 from loratool.ops.compare import EXACT, ROUNDING
 from loratool.ops.headers import made_header
@@ -83,12 +84,17 @@ def save_made(
     """Writes `made` to `path` and, with `verify`, reads it back and measures it against the sums `expected`.
 
     `errors` are the relative errors that truncation explains, entry by entry. Raises NotTheSame, with nothing written,
-    if the adapter as a whole is farther off than these and rounding explain, or anything in it is not finite.
+    if the adapter as a whole is farther off than these and rounding explain, if anything in it is not finite, or an
+    extra does not have its bytes.
     """
     held: list[Held] = []
 
     def check(written: str) -> None:
-        again = layouts()[made.layout.id].read(read_bundle(written), made.adapter.architecture)
+        bundle = read_bundle(written)
+        again = layouts()[made.layout.id].read(bundle, made.adapter.architecture)
+        for key, tensor in made.adapter.extras.items():
+            if key not in bundle.tensors or not same_bytes(tensor, bundle.tensors[key]):
+                raise NotTheSame("is not in the written file as it should be", key=key, hint="nothing was written")
         # Full differences that were handed over as tensors are modules to the reader; they are no part of `expected`.
         modules = [one for one in again.modules if not made.adapter.extras.keys() >= set(one.keys.values())]
         measured = measure(expected, modules, told(progress, "verifying"), images)

@@ -68,10 +68,12 @@ def understand(bundle: Bundle, architecture: Architecture | None = None, layout:
     if before is not None:
         return understand(bundle, before, layout)
     best = found.best
-    if architecture is not None and best.architecture not in architecture.sizes:
-        raise UnknownModel(
-            f"no key is a name of {architecture.title}", hint="leave --architecture or --base out to have it detected"
-        )
+    if architecture is not None and best.architecture not in architecture.sizes:  # less than half are names of it
+        named = next((one for one in found.candidates if one.architecture in architecture.sizes), None)
+        if named is None:
+            hint = "leave --architecture or --base out to have it detected"
+            raise UnknownModel(f"no key is a name of {architecture.title}", hint=hint)
+        best = named
     adapter = best.layout.read(bundle, best.architecture, best.parsed)
     if not adapter.modules and not adapter.unread_families:
         raise FormatError("holds no module that can be read", hint="its keys are like a LoRA's, but none is complete")

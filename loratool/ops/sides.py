@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -147,11 +147,10 @@ class Sides:
             del piece, plain
         return found, squares**0.5
 
-    def bias(self, module: Module) -> Tensor | None:
-        """TUNED - BASE of the biases beside a weight, float32 `(out,)`; None if one of them has none."""
-        found = [_bias(side, module) for side in (self.tuned, self.base)]
-        after, before = found
-        return None if after is None or before is None or after.shape != before.shape else after - before
+    def biases(self, module: Module) -> tuple[Tensor, Tensor] | None:
+        """BASE's and TUNED's biases beside a weight, float32 `(out,)`; None if one of them has none."""
+        before, after = (_bias(side, module) for side in (self.base, self.tuned))
+        return None if after is None or before is None or after.shape != before.shape else (before, after)
 
     def dtypes(self, places: Sequence[Place]) -> tuple[frozenset[str], frozenset[str]]:
         """How the weights at these places are stored in BASE and in TUNED."""
@@ -173,8 +172,16 @@ class Sides:
             for key in self.base.components[component]
         )
 
-    def others(self) -> Iterator[tuple[LazyTensor, LazyTensor]]:
-        """Parameters beside weights and biases (TUNED's and BASE's) that no table names: a modulation, a scale."""
+    def sick(self, title: str, before: Iterable[Tensor]) -> FormatError:
+        """The error of a difference that is not finite: BASE's, if its values (`before`) are not, else TUNED's."""
+        broken = not all(bool(piece.float().isfinite().all()) for piece in before)
+        file, cure = self.tuned.path, "the training went wrong: use an earlier file"
+        if broken:
+            file, cure = self.base.path, "the checkpoint is broken: use another copy of it"
+        return FormatError("holds NaN or infinite values", file=file, key=title, hint=cure)
+
+    def others(self) -> Iterator[tuple[str, LazyTensor, LazyTensor]]:
+        """Parameters beside weights and biases that no table names (a modulation, a scale): titles, BASE's, TUNED's."""
         for component in self.components if self.architecture.id == "generic" else ():
             named = self.base.voices[component].prefix
             before, after = self.base.components[component], self.tuned.components[component]
@@ -182,7 +189,7 @@ class Sides:
                 other = after.get(key)
                 plain = key.endswith((".weight", ".bias")) or not key.startswith(named)
                 if not plain and other is not None and other.shape == tensor.shape and tensor.dtype in FLOATS:
-                    yield other, tensor
+                    yield f"{component}.{key[len(named) :]}", tensor, other
 
 
 def open_sides(base: str, tuned: str, architecture: Architecture | None = None) -> Sides:
@@ -298,7 +305,7 @@ def _bias(side: BaseWeights, module: Module) -> Tensor | None:
     for span in side.spans(module):
         bias = None if span.bias_key is None else tensors.get(span.bias_key)
         stop = span.first + span.stop - span.start
-        if bias is None or len(bias.shape) != 1 or bias.shape[0] < stop or bias.dtype not in FLOATS:
+        if bias is None or len(bias.shape) != 1 or bias.shape[0] < stop:
             return None
         found.append(bias.rows(span.first, stop).load().float())
     return torch.cat(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -9,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from loratool.core.errors import FormatError
 from loratool.core.module import Module
 from loratool.core.tensor import LazyTensor
 from loratool.ops.finite import not_finite
@@ -88,15 +90,19 @@ def pair_of(module: Module) -> tuple[LazyTensor, LazyTensor, bool] | None:
 
 
 def check_parts(parts: Sequence[Part | Fixed]) -> None:
-    """Raises FormatError, with the adapter's file, for a part that holds NaN or infinite values.
+    """Raises FormatError, with the adapter's file, for a part that holds NaN or infinite values, or has such an alpha.
 
     Asked when a result is not finite: looking at every factor beforehand would make a GPU wait for each.
     """
     for part in parts:
         if isinstance(part, Fixed):
-            tensors, title = [part.values], part.title
+            tensors, title, scale = [part.values], part.title, part.strength
         else:
-            tensors, title = list(part.module.tensors.values()), part.module.title
+            tensors, title, scale = list(part.module.tensors.values()), part.module.title, part.module.scale
+        if not math.isfinite(scale):
+            raise FormatError(
+                "its alpha is NaN or infinite", file=part.adapter, key=title, hint="the file is broken: use another"
+            )
         for tensor in tensors:
             if not bool(tensor.load().double().isfinite().all()):
                 raise not_finite(title).with_file(part.adapter)

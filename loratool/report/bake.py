@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.core.tensor import DTYPES
 from loratool.ops.bake_report import LOW, Baked, BakeReport
+from loratool.ops.sites import Unmatched
 from loratool.report.inert import inert
 from loratool.report.units import few, plural, size
 
@@ -127,10 +128,15 @@ def _remarks(report: BakeReport) -> Facts:
         )
         yield "warning", f"{text}; use {more}", "yellow"
     if report.unmatched:
-        names = few((f"{inert(one.title, 100)} ({inert(one.reason, 100)})" for one in report.unmatched), _NAMED)
+        names = few(map(_unmatched, report.unmatched), _NAMED)
         yield "left out", f"{plural(len(report.unmatched), 'part')} without a place: {names}", "yellow"
     for note in report.notes:
         yield "note", inert(note), "yellow"
+
+
+def _unmatched(one: Unmatched) -> str:
+    nearest = f"; nearest: {inert(one.nearest, 100)}" if one.nearest else ""
+    return f"{inert(one.title, 100)} ({inert(one.reason, 100)}{nearest})"
 
 
 def _tensors(report: BakeReport, console: Console) -> None:

@@ -82,13 +82,13 @@ def _skipped(report: ExtractReport) -> Facts:
     rows: Facts = []
     if report.unchanged:
         rows.append(("skipped", f"{plural(report.unchanged, 'weight')} without any difference", ""))
-    for title, names, words in (
-        ("skipped", report.below, "at most --min-norm apart"),
-        ("left out", report.missing, "that only one of the two has"),
-        ("left out", report.misshapen, "of two shapes"),
+    for title, names, kind, words in (
+        ("skipped", report.below, "weight", "at most --min-norm apart"),
+        ("left out", report.missing, "parameter", "that only one of the two has"),
+        ("left out", report.misshapen, "parameter", "of two shapes"),
     ):
         if names:
-            text = f"{plural(len(names), 'weight')} {words}: {few((inert(name, 100) for name in names), _NAMED)}"
+            text = f"{plural(len(names), kind)} {words}: {few((inert(name, 100) for name in names), _NAMED)}"
             rows.append((title, text, "yellow"))
     return rows
 

@@ -57,7 +57,8 @@ def show(report: ResizeReport, console: Console, modules: bool = False, plot: st
         if any(cut.rank_after < cut.rank_before or cut.bytes_after != cut.bytes_before for cut in outcome.modules):
             _components(outcome, console)
             console.print()
-        _curves(outcome, spectra, console)
+        if spectra:
+            _curves(outcome, spectra, console)
         _modules(outcome, console, modules)
     if plot is not None:
         console.print()

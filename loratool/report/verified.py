@@ -18,7 +18,9 @@ def verified(held: Held | None, error: float) -> Iterator[tuple[str, str, str]]:
         yield "verified", "no (--no-verify)", "yellow"
         return
     text = f"{plural(held.modules, 'update')} read back"
-    if not error:
+    if not held.modules:
+        yield "verified", "every tensor read back, the same bytes", "green"
+    elif not error:
         yield "verified", f"{text}: relative error {short(held.error)}, rounding included", "green"
     elif held.coarse:
         yield "verified", f"{text}, all but {len(held.coarse):,} as far off as computed", "green"

@@ -81,7 +81,13 @@ def test_a_report_without_pairs(tmp_path: Path) -> None:
     assert result.exit_code == 0
     titles = [line.split("  ")[0] for line in result.stdout.splitlines() if line[:1].strip()]
     assert titles == ["base", "tuned", "rule", "wrote", "skipped", "in full", "verified"]
+    assert "verified  every tensor read back, the same bytes" in result.stdout
     assert "comfyui, 0 modules" in result.stdout and "1 norm differs" in result.stdout
+
+    resized = CliRunner().invoke(
+        app, ["resize", str(tmp_path / "o.safetensors"), "--rank", "1", "-o", str(tmp_path / "r.safetensors")]
+    )
+    assert resized.exit_code == 0, resized.output
 
 
 @pytest.mark.parametrize("kind", RULES)

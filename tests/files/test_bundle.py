@@ -23,6 +23,7 @@ from loratool.files.bundle import (
     adapter_files,
     adapters_in,
     bundle_size,
+    check_apart,
     check_output,
     is_component_folder,
     read_bundle,
@@ -250,8 +251,11 @@ def test_an_output_needs_a_folder_and_a_free_name(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "none" / "x", [], f"its folder does not exist; mkdir -p {tmp_path / 'none'}")
     for nameless in (".", "", str(tmp_path / "..")):
-        with pytest.raises(UsageError, match="is no name for an output"):
-            check_output(nameless, [], True, False)
+        for inputs in ([], [str(tmp_path / "a")], ["a"]):
+            with pytest.raises(UsageError, match="is no name for an output"):
+                check_output(nameless, inputs, True, False)
+            with pytest.raises(UsageError, match="is no name for an output"):
+                check_apart(nameless, inputs)
     with pytest.raises(
         UsageError, match=r"ends as a folder's name does; a file would be written; name .*NAME\.safeten"
     ):
@@ -262,7 +266,7 @@ def test_an_output_needs_a_folder_and_a_free_name(tmp_path: Path) -> None:
     refused(tmp_path / "a", [], "exists already; use --overwrite", overwrite=False)
     refused(tmp_path / "full", [], "exists already; use --overwrite", folder=True, overwrite=False)
     check_output(tmp_path / "a", [], False, True)
-    put(tmp_path, full___style__safetensors=b"")  # as a folder of downloads
+    put(tmp_path, full___style__safetensors=b"", full___config__json=b"{}")  # as a folder of downloads
     refused(tmp_path / "full", [], "without a file named as a model's are", folder=True)
     check_output(tmp_path / "empty", [], True, False)
 
@@ -270,7 +274,7 @@ def test_an_output_needs_a_folder_and_a_free_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "config.json",
+        "model_index.json",
         "adapter_config.json",
         "model.safetensors",
         "model-00001-of-00002.safetensors",

@@ -24,6 +24,7 @@ from loratool.ops.bake_file import bake_file
 from loratool.ops.bake_report import BakeReport
 from loratool.ops.bake_task import Options
 from loratool.ops.inputs import Asked
+from loratool.ops.rounding import beyond
 from loratool.ops.sites import Site
 from tests.bakes import CONV, KEYS, OUT, TEXT, K, Q, V, kohya, load, noise, peft, save, updates
 
@@ -334,16 +335,60 @@ def test_plain_fp8_is_added_in_float32_and_cast_back(tmp_path: Path, lora: Path,
 
 
 @FP8
-def test_plain_fp8_beyond_its_range_stays_at_its_end(tmp_path: Path, dtype: torch.dtype) -> None:
-    """And is no NaN. The check of what was written knows it, too."""
+def test_plain_fp8_beyond_its_range_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    """What is less than half a step beyond the largest number is rounded to it, and is no NaN."""
     weight = torch.full((48, 32), top(dtype)).to(dtype)
     base = save(tmp_path / "b.safetensors", {KEYS[Q]: weight})
-    lora = save(tmp_path / "l.safetensors", kohya({Q: (48, 32)}, size=top(dtype) ** 0.5 / 2))
-    after, report = baked(base, lora)
-    exact = weight.double() + updates(load(lora))[Q]
+    lora = save(tmp_path / "l.safetensors", kohya({Q: (48, 32)}))
+    most = beyond(CODES[dtype]) - top(dtype)
+    strength = most / float(updates(load(lora))[Q].max())
+    after, _ = baked(base, [Asked(str(lora), strength * 0.99)])
+    exact = weight.double() + strength * 0.99 * updates(load(lora))[Q]
+    assert float(exact.max()) > top(dtype)
     assert_rounded(after[KEYS[Q]], exact.clamp(-top(dtype), top(dtype)))
-    assert float(exact.max()) > 1.2 * top(dtype)
-    assert report.tensors[0].survived is not None and report.tensors[0].survived < 0.7
+    (tmp_path / "out.safetensors").unlink()
+    with pytest.raises(LoratoolError, match=f"too large for {CODES[dtype]}; lower the strength"):
+        bake_file(base, [Asked(str(lora), strength * 1.01)], tmp_path / "out.safetensors")
+
+
+@FP8
+def test_infinities_have_no_place_in_a_cast_to_fp8(tmp_path: Path, dtype: torch.dtype) -> None:
+    weight = noise(48, 32, dtype=F16)
+    weight[7, 3] = -math.inf
+    error = refused(
+        save(tmp_path / "b.safetensors", {"layer.weight": weight}), None, "too large", Options(dtype=CODES[dtype])
+    )
+    assert (error.key, error.hint) == ("layer.weight", "store a wider dtype with --dtype")
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_scaled_fp8_too_large_for_the_dtype_it_is_cast_to_is_refused(tmp_path: Path, verify: bool) -> None:
+    weight = torch.full((512, 64), 0.5)
+    weight[7, 3] = 448
+    scaled = {KEYS[Q]: weight.to(E4M3), f"{KEYS[Q][: -len('weight')]}scale_weight": torch.tensor(1000.0)}
+    base = save(tmp_path / "b.safetensors", scaled)
+    assert refused(base, None, "too large for F16", Options(dtype="F16", verify=verify)).key == KEYS[Q]
+    after, _ = baked(base, [], Options(dtype="BF16", verify=verify))
+    assert float(after[KEYS[Q]][7, 3]) == float(torch.tensor(448_000.0).to(BF16))
+
+
+@pytest.mark.parametrize("value", [1e5, math.inf])
+@pytest.mark.parametrize("code", ["F16", "F8_E4M3"])
+def test_a_base_too_large_for_the_dtype_it_is_cast_to_is_refused(tmp_path: Path, code: str, value: float) -> None:
+    """Where something is added, too."""
+    weight = torch.full((16, 16), 0.5)
+    weight[7, 3] = value
+    base = save(tmp_path / "b.safetensors", {KEYS[Q]: weight})
+    lora = save(tmp_path / "l.safetensors", kohya({Q: (16, 16)}, size=0.01))
+    refused(base, lora, "too large" if math.isfinite(value) else "holds NaN or infinite", Options(dtype=code))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_alpha_that_is_no_number_is_the_loras_fault(tmp_path: Path, base: Path, value: float) -> None:
+    tensors = kohya(SHAPES) | {f"{K}.alpha": torch.tensor(value)}
+    lora = save(tmp_path / "alpha.safetensors", tensors)
+    error = refused(base, lora, "its alpha is NaN or infinite")
+    assert error.file == str(lora) and error.key is not None and "attn1.to_k" in error.key
 
 
 @FP8
@@ -557,7 +602,7 @@ def test_an_update_too_large_for_float16_is_refused(tmp_path: Path, base: Path, 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize(
     ("dtype", "fits", "bursts"),
-    [("F16", 65519.0, 65520.0), ("F8_E4M3", 464.0, 464.1), ("F8_E5M2", -61440.0, -61441.0)],
+    [("F16", 65519.0, 65520.0), ("F8_E4M3", 464.0, 464.1), ("F8_E5M2", -61440.0, -61441.0)],  # half a step beyond
 )
 def test_a_cast_that_overflows_is_refused(tmp_path: Path, verify: bool, dtype: str, fits: float, bursts: float) -> None:
     weight = noise(200, 8)

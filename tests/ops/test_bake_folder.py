@@ -129,9 +129,9 @@ def test_a_copy_that_fails_names_the_file(base: Path, lora: Path, monkeypatch: p
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(LoratoolError, match="cannot be copied: No space left on device") as caught:
+    with pytest.raises(LoratoolError, match="cannot be written: No space left on device") as caught:
         bake_file(base, [Asked(str(lora))], base.parent / "out")
-    assert caught.value.file == str(base / "model_index.json")
+    assert caught.value.file == str(base.parent / "out" / "model_index.json")
     assert sorted(os.listdir(base.parent)) == ["lora.safetensors", "model"]
 
 
@@ -335,6 +335,10 @@ def test_an_existing_folder_is_replaced_as_a_whole(base: Path, lora: Path) -> No
     with pytest.raises(LoratoolError, match=r"without a file named as a model's are .* is not replaced"):
         bake_file(base, [Asked(str(lora))], output, Options(overwrite=True))
     config(output / "unet" / "config.json")
+    config(output / "web" / "model.safetensors")
+    with pytest.raises(LoratoolError, match="without a file named as a model's are"):  # any project has such
+        bake_file(base, [Asked(str(lora))], output, Options(overwrite=True))
+    config(output / "unet" / "model.safetensors")
     before = tree(base.parent)
     with pytest.raises(LoratoolError, match="exists"):
         bake_file(base, [Asked(str(lora))], output)

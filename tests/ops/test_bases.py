@@ -191,6 +191,9 @@ def test_by_file_name(home: Path) -> None:
     assert "is a VAE, not a checkpoint" in str(refused("vae", home))
     (home / COMFY / "old.ckpt").write_bytes(b"\x80\x02}q\x00.")
     assert "is a pickle; checkpoints are only read from safetensors" in str(refused("old", home))
+    (home / COMFY / "x").mkdir(exist_ok=True)
+    (home / COMFY / "x" / "old.pt").write_bytes(b"\x80\x02}q\x00.")
+    assert "is a pickle; checkpoints are only read from safetensors" in str(refused("old", home))
     file = sd15(home / COMFY / "old.safetensors")  # as it was rewritten
     assert resolved("old", home) == (str(file), "sd15", "ComfyUI")
 

@@ -346,8 +346,11 @@ def test_other_parameters_that_are_not_finite_are_refused(tmp_path: Path, value:
     before, after = llm(False), llm(True)
     before["model.layers.0.modulation"] = torch.zeros(6, 16)
     after["model.layers.0.modulation"] = torch.full((6, 16), value)
-    with pytest.raises(FormatError, match="a parameter holds NaN or infinite values"):
-        extract_file(save(tmp_path / "a", before), save(tmp_path / "b", after), None, wish())
+    files = save(tmp_path / "a", before), save(tmp_path / "b", after)
+    for base, tuned in (files, files[::-1]):
+        with pytest.raises(FormatError, match=r"modulation: holds NaN or infinite values") as caught:
+            extract_file(base, tuned, None, wish())
+        assert caught.value.file == str(tmp_path / "b")  # whichever it is
 
 
 # -- rules ------------------------------------------------------------------------------------------------------------
@@ -717,6 +720,23 @@ def test_values_that_cannot_be_computed_with_name_the_weight(
     with pytest.raises(FormatError, match=r"ff\.net\.2.*(NaN|float32)") as caught:
         extract_file(trained[0], broken, tmp_path / "o.safetensors", wish())
     assert caught.value.file == str(broken) and not (tmp_path / "o.safetensors").exists()
+    if not math.isfinite(value):
+        with pytest.raises(FormatError, match=r"ff\.net\.2.*use another copy of it") as caught:
+            extract_file(broken, trained[0], None, wish())
+        assert caught.value.file == str(broken)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_biases_that_are_not_finite_name_the_checkpoint(tmp_path: Path, value: float) -> None:
+    name = "lm_head.bias"
+    files = (
+        save(tmp_path / "a", llm(False) | {name: torch.zeros(40)}),
+        save(tmp_path / "b", llm(True) | {name: torch.full((40,), value)}),
+    )
+    for base, tuned in (files, files[::-1]):
+        with pytest.raises(FormatError, match=r"lm_head\.bias: holds NaN or infinite values") as caught:
+            extract_file(base, tuned, None, wish())
+        assert caught.value.file == str(tmp_path / "b")
 
 
 def test_quantised_checkpoints_are_refused(tmp_path: Path) -> None:
