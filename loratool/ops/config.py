@@ -80,8 +80,12 @@ def write_base(config: Config, name: str, target: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LoratoolError(f"its folder cannot be made: {error.strerror}", file=str(config.path)) from error
-    with atomic_write(place, overwrite=True) as temporary:
-        temporary.write_text(_with_base(text, config.path, name, str(target)), encoding="utf-8")
+    edited = _with_base(text, config.path, name, str(target)).encode("utf-8")
+    try:
+        with atomic_write(place, overwrite=True) as temporary:
+            temporary.write_bytes(edited)
+    except OSError as error:
+        raise LoratoolError(f"cannot be written: {error.strerror}", file=str(config.path)) from error
 
 
 def _with_base(text: str, path: Path, name: str, target: str) -> str:
@@ -123,13 +127,14 @@ def _edited(text: str, root: Any, name: str, target: str) -> str:
     import yaml
 
     value = yaml.safe_dump(target, allow_unicode=True, width=_NO_BREAKS).removesuffix("...\n").strip()
-    entry = yaml.safe_dump({name: target}, allow_unicode=True, width=_NO_BREAKS)
+    end = "\r\n" if "\r\n" in text else "\n"
+    entry = yaml.safe_dump({name: target}, allow_unicode=True, width=_NO_BREAKS, line_break=end)
     bases = _entries(root).get("bases")
     if bases is None:
-        return f"{text.rstrip()}\nbases:\n  {entry}".lstrip("\n")
+        return f"{text.rstrip()}{end}bases:{end}  {entry}".lstrip("\r\n")
     key = next(key for key, node in root.value if node is bases)
     if _empty(bases):
-        return _put(text, text.index(":", key.end_mark.index) + 1, f"\n  {entry.rstrip()}")
+        return _put(text, text.index(":", key.end_mark.index) + 1, f"{end}  {entry.rstrip()}")
     if bases.flow_style:  # between braces: text in double quotes is the same in JSON
         value = json.dumps(target, ensure_ascii=False)
         entry = f"{json.dumps(name, ensure_ascii=False)}: {value}, "
@@ -150,7 +155,7 @@ def _put(text: str, start: int, new: str, stop: int | None = None) -> str:
 
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8")  # ends of lines and a mark at the start stay: YAML knows them
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -272,6 +272,7 @@ def test_a_module_without_a_place_can_be_left_out(base: Path, stray: Path, out: 
     result = run(stray, "--base", base, "-o", out, "--allow-unmatched")
     text = flat(result)
     assert_fits(result.stdout)
+    assert "; nearest: model.diffusion_model.input_blocks.1.1.trans" in text
     assert "4 of 5 modules" in text and "left out 1 part without a place: " in text and "attn1.to_out.0" in text
     found = data(run(stray, "--base", base, "--dry-run", "--allow-unmatched", "--json"))
     assert [one["nearest"].rpartition(".")[0] for one in found["unmatched"]] == [
@@ -327,6 +328,13 @@ def test_another_model_is_refused_by_name(tmp_path: Path, out: Path) -> None:
     for options in ([], ["--allow-unmatched"]):
         line = refused(tmp_path, 1, "Stable Diffusion XL", lora, "--base", base, "-o", out, *options)
         assert "the adapter is for Stable Diffusion 1.x" in line
+    half = build(typical_parts("sd15", "kohya"), "kohya")
+    for at, key in enumerate(list(half.tensors)):
+        if "lora_unet" in key:  # as names of no model
+            half.tensors[key.replace("lora_unet", f"lora_unet_x{at % 3}")] = half.tensors.pop(key)
+    base15 = sparse_checkpoint(tmp_path / "base15.safetensors", "sd15", "ldm")
+    lora = write_file(tmp_path / "half.safetensors", half)
+    assert "parts of" in refused(tmp_path, 1, "is no name in", lora, "--base", base15, "-o", out)
     stem = "transformer.h.0.attn.c_attn"
     gpt = peft(tmp_path / "gpt", {f"{stem}.lora_A.weight": noise(4, 768), f"{stem}.lora_B.weight": noise(2304, 4)})
     line = refused(tmp_path, 1, "is for another model than the checkpoint's", gpt, "--base", base, "-o", out)

@@ -262,6 +262,19 @@ def test_there_must_be_room_for_both_the_output_and_what_is_baked(
     bake(base, lora, out)
 
 
+def test_a_disk_that_fills_up_names_the_output(
+    tmp_path: Path, base: Path, lora: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(LoratoolError, match="No space left on device") as caught:
+        bake_file(base, [Asked(str(lora))], out, Options(format="ldm"))
+    assert caught.value.file == str(out)
+    assert sorted(os.listdir(tmp_path)) == ["lora.safetensors", "model"]
+
+
 # -- faults -----------------------------------------------------------------------------------------------------------
 
 

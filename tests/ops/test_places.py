@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from loratool.core.errors import UsageError
+from loratool.core.errors import LoratoolError, UsageError
 from loratool.ops.config import config_path, read_config, write_base
 from loratool.ops.places import (
     called,
@@ -138,17 +138,37 @@ def test_writing_keeps_everything_else(tmp_path: Path, text: str, target: str) -
         ("bases: {{on: /a, b: '/c'}}  # mine\n", "q", 'bases: {{"q": "{0}", on: /a, b: \'/c\'}}  # mine\n'),
         ("bases: {{on: /a}}\n", "on", 'bases: {{on: "{0}"}}\n'),
         ("bases:\n  on: /a\n", "on", "bases:\n  on: {0}\n"),
+        (
+            "\ufeffbases:\r\n  a: /x # hi\r\nroots: []\r\n",
+            "q",
+            "\ufeffbases:\r\n  q: {0}\r\n  a: /x # hi\r\nroots: []\r\n",
+        ),
+        ("\ufeffbases: {{on: /a}}\r\n", "on", '\ufeffbases: {{on: "{0}"}}\r\n'),
+        ("roots: []\r\n", "q", "roots: []\r\nbases:\r\n  q: {0}\r\n"),
+        ("bases:\r\nroots: []\n", "q", "bases:\r\n  q: {0}\r\nroots: []\n"),
         ("mine: !secret x\nwhen: 2024-13-45\n", "q", "mine: !secret x\nwhen: 2024-13-45\nbases:\n  q: {0}\n"),
     ],
 )
 def test_an_entry_is_added_whatever_else_the_file_says(tmp_path: Path, text: str, name: str, after: str) -> None:
     """Keys are text, and so are values: nothing of it is read as a number, a date or a tag."""
     path = tmp_path / "config.yaml"
-    path.write_text(text.format())
+    path.write_bytes(text.format().encode())
     environ = {"LORATOOL_CONFIG": str(path)}
     write_base(read_config(environ, tmp_path), name, tmp_path / "base.safetensors")
-    assert path.read_text() == after.format(tmp_path / "base.safetensors")
+    assert path.read_bytes().decode() == after.format(tmp_path / "base.safetensors")
     assert read_config(environ, tmp_path).bases[name] == tmp_path / "base.safetensors"
+
+
+def test_a_disk_that_is_full_names_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = config(tmp_path, "bases: {a: /a}\n")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(LoratoolError, match="cannot be written: No space left on device") as caught:
+        write_base(read_config({}, tmp_path), "b", Path("/b"))
+    assert caught.value.file == str(path) and path.read_text() == "bases: {a: /a}\n"
 
 
 def test_what_others_refer_to_is_not_edited(tmp_path: Path) -> None:
