@@ -98,8 +98,8 @@ def _checked(report: BakeReport) -> Facts:
         yield "verified", "no (--no-verify)", "yellow"
         return
     rows = f"{plural(found.rows, 'random row')} of {plural(found.tensors, 'tensor')} as computed in float64"
-    text = f"{size(found.bytes)} compared, all the same; {rows}, off by {found.worst:.2f} ulp at most"
-    yield "verified", text, "green"
+    same = f"{size(found.bytes)} compared, all the same; " if found.bytes else ""  # none: everything was cast
+    yield "verified", f"{same}{rows}, off by {found.worst:.2f} ulp at most", "green"
 
 
 def _components(report: BakeReport, console: Console) -> None:
