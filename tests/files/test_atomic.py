@@ -6,15 +6,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from loratool.core.errors import LoratoolError
-from loratool.files.atomic import atomic_folder, atomic_write, check_room
+from loratool.files.atomic import atomic_folder, atomic_write, check_room, scratch_folder
 
 
 def test_the_file_appears_when_complete(tmp_path: Path) -> None:
@@ -336,3 +337,20 @@ def test_too_little_room_is_told_with_both_sizes(tmp_path: Path, monkeypatch: py
 def test_room_is_not_asked_for_where_the_system_cannot_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "statvfs")
     check_room(tmp_path, 1 << 80)
+
+
+@pytest.mark.parametrize(
+    ("writer", "inside"),
+    [(atomic_write, "."), (atomic_folder, "unet/x.bin"), (scratch_folder, "1.safetensors")],
+)
+def test_errors_name_what_was_to_be_written(tmp_path: Path, writer: Callable[..., Any], inside: str) -> None:
+    """The temporary name is gone when they are read. A scratch folder becomes nothing: its files are the target's."""
+    target = tmp_path / "out"
+    named = target if writer is scratch_folder else target / inside
+    for elsewhere in (None, str(tmp_path / "base")):
+        with pytest.raises(LoratoolError) as told, writer(target) as temporary:
+            raise LoratoolError("is bad", file=elsewhere or str(temporary / inside))
+        assert told.value.file == (elsewhere or str(named))
+        with pytest.raises(OSError) as refused, writer(target) as temporary:
+            raise OSError(28, "No space left on device", elsewhere or str(temporary / inside))
+        assert refused.value.filename == (elsewhere or str(named))
