@@ -165,8 +165,11 @@ def _read_text(path: Path) -> str:
         raise FormatError("is not UTF-8 text", file=str(path)) from error
 
 
+INDEX = r".*\.safetensors\.index(\.[\w-]+)?\.json"
+"""Pattern of the name of an index of shards."""
+
 _OF_A_MODEL = re.compile(
-    r"adapter_config\.json|model_index\.json|.*\.safetensors\.index(\.[\w-]+)?\.json|adapter_model\.bin|"
+    rf"adapter_config\.json|model_index\.json|{INDEX}|adapter_model\.bin|"
     r"(adapter_model|adapters|model|diffusion_pytorch_model|pytorch_model|pytorch_lora_weights)[.\w-]*\.safetensors"
 )
 """Names of files by which a folder is known to be a model's or an adapter's. Any `.safetensors` would not do, as a

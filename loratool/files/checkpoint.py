@@ -13,7 +13,7 @@ from typing import Any
 
 from loratool.core.errors import FormatError, LoratoolError, few
 from loratool.core.tensor import LazyTensor
-from loratool.files.bundle import PICKLES
+from loratool.files.bundle import INDEX, PICKLES
 from loratool.files.safetensors import Header, OpenFile, is_pickle, read_header
 
 WEIGHTS = ".safetensors"
@@ -23,7 +23,7 @@ PIPELINE = "model_index.json"
 MAX_INDEX = 64 << 20
 """An index names every tensor of a model: more than 64 MiB of it is refused."""
 
-_INDEX = re.compile(r".*\.safetensors\.index(\.[\w-]+)?\.json")
+_INDEX = re.compile(INDEX)
 
 
 @dataclass(frozen=True, eq=False)

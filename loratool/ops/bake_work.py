@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratool.core.errors import FormatError, LoratoolError
+from loratool.core.errors import LoratoolError
 from loratool.core.tensor import LazyTensor, torch_dtype
 from loratool.files.stream import stretch
-from loratool.ops.rounding import FP8, WIDE, beyond, fresh_scale, rounded, uniform
+from loratool.ops.finite import STORED, not_finite
+from loratool.ops.rounding import FP8, WIDE, beyond, fresh_scale, largest, rounded, uniform
 from loratool.ops.sites import Site
 from loratool.ops.stored import byte_range, part_of, scale_column
 from loratool.ops.updates import Adder, adder, alone, check_parts
-
-LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Work:
         dtype = self._site.dtype
         if dtype in FP8:
             # With a fresh scale all fits, unless there is no such scale.
-            return (total.abs() > (beyond(dtype) if self.scale is None else LARGEST)).any()
+            return (total.abs() > (beyond(dtype) if self.scale is None else largest("F32"))).any()
         return None if self._site.parts else (written.isinf() & base.isfinite()).any()
 
     def _fresh_scale(self, ranges: Sequence[tuple[int, int]]) -> Tensor | None:
@@ -202,8 +201,7 @@ def _check_base(site: Site) -> None:
     it is asked when a result is not finite."""
     for key, tensor in ((site.key, site.tensor), (site.scale_key, site.scale)):
         if tensor is not None and not bool(tensor.load().double().isfinite().all()):
-            cure = "the checkpoint is broken: use another copy of it"
-            raise FormatError("holds NaN or infinite values", file=site.file.path, key=key, hint=cure)
+            raise not_finite(key or "", STORED).with_file(site.file.path)
 
 
 def _numbers(tensors: Sequence[Tensor]) -> Iterator[float]:

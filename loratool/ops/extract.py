@@ -18,7 +18,7 @@ from loratool.core.layout import Layout
 from loratool.core.module import Module
 from loratool.core.tensor import DTYPES, LazyTensor, torch_dtype
 from loratool.ops.compare import EXACT, ROUNDING
-from loratool.ops.finite import check_finite
+from loratool.ops.finite import all_finite
 from loratool.ops.pool import Tick, each
 from loratool.ops.probe import vectors
 from loratool.ops.ranks import Candidate, Limits, Rule, choose
@@ -219,10 +219,8 @@ class Gate:
 
 def _difference(sides: Sides, place: Place) -> tuple[Tensor, _Measured]:
     difference, whole = sides.difference(place.module)
-    try:
-        check_finite(place.module, difference)
-    except FormatError:
-        raise sides.sick(place.module.title, (piece for _, piece in sides.base.pieces(place.module))) from None
+    if not all_finite(difference):
+        raise sides.sick(place.module.title, (piece for _, piece in sides.base.pieces(place.module)))
     norm = norm_of(difference)
     if norm > LARGEST:
         too_much = f"differs by {norm:.2g}, more than float32 can be computed with"
@@ -376,12 +374,15 @@ def _weight_rest(sides: Sides, place: Place, layout: Layout, dtype: str) -> list
 
 def _bias_rest(sides: Sides, place: Place, layout: Layout, dtype: str) -> list[Rest]:
     both = sides.biases(place.module)
-    difference = None if both is None else both[1] - both[0]
-    if both is None or difference is None or not bool((difference != 0).any()):
+    if both is None:
+        return []
+    before, after = both
+    difference = after - before
+    if not bool((difference != 0).any()):
         return []
     norm = norm_of(difference[None])
     if not math.isfinite(norm):
-        raise sides.sick(f"{place.module.title}.bias", both[:1])
+        raise sides.sick(f"{place.module.title}.bias", [before])
     key = _key(sides, place, layout, ".diff_b")
     tensor = None if key is None else LazyTensor.from_torch(_fitting(difference, dtype, place))
     return [Rest(BIAS, norm, key, tensor)]

@@ -219,10 +219,11 @@ def _walk(path: Path, deeper: int, entered: set[str]) -> Iterator[Path]:
 def called(name: str, files: Iterable[Found]) -> list[Found]:
     """The files of a name: the bare one (`style`) or with folders (`anime/style`), with or without `.safetensors`.
 
-    Without its suffix a pickle (`style.pt`) is only meant where nothing else is called so.
+    A pickle (`style.pt`) is only meant where nothing else is called so, by its name without the suffix, too.
     """
     wanted, files = plain(name.replace("\\", "/")), list(files)
     found = [file for file in files if wanted in (file.name, file.stem)]
+    found = [file for file in found if not file.pickle] or found
     return found or [f for f in files if f.pickle and wanted in (os.path.splitext(n)[0] for n in (f.name, f.stem))]
 
 

@@ -81,8 +81,7 @@ def find_lora(name: str, *, environ: Mapping[str, str] | None = None, home: Path
     places = lora_places(look_around(environ, home))
     files = list(files_in(places))
     # WebUI does not know suffixes: style.pt and style.safetensors are both `style`.
-    fitting = called(name, files)
-    readable = [file for file in fitting if not file.pickle] or fitting
+    readable = called(name, files)
     trained = {} if readable else _trained_as(files)
     readable = readable or [file for file in files if trained.get(file.path) == name]
     if len(readable) == 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,7 @@ def largest(dtype: str) -> float:
     return float(torch.finfo(torch_dtype(dtype)).max)
 
 
+@cache
 def beyond(dtype: str) -> float:
     """What is larger than this is too large for a dtype: half a step above its largest number."""
     top = torch.tensor(largest(dtype), dtype=torch.float64)

@@ -160,9 +160,7 @@ class Search:
     def of_file(self, text: str) -> Base:
         """The file in a place that is called `text`."""
         fitting = called(text, self.files)
-        # Of pickles any will do: none is read, and the error says how to rewrite it.
-        fitting = [file for file in fitting if not file.pickle] or fitting[:1]
-        if len(fitting) > 1:
+        if len(fitting) > 1 and not fitting[0].pickle:  # of pickles any will do: none is read, and the error says why
             raise self._several(text, fitting)
         if not fitting:
             raise self._unknown(text)

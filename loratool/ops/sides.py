@@ -19,6 +19,7 @@ from loratool.core.target import Target
 from loratool.core.tensor import LazyTensor
 from loratool.files.checkpoint import CheckpointFiles, read_checkpoint
 from loratool.ops.base import known_model, model_of
+from loratool.ops.finite import STORED, TRAINED, not_finite
 from loratool.ops.truncate import norm_of
 from loratool.ops.weights import BaseWeights, weights_for
 
@@ -175,10 +176,8 @@ class Sides:
     def sick(self, title: str, before: Iterable[Tensor]) -> FormatError:
         """The error of a difference that is not finite: BASE's, if its values (`before`) are not, else TUNED's."""
         broken = not all(bool(piece.float().isfinite().all()) for piece in before)
-        file, cure = self.tuned.path, "the training went wrong: use an earlier file"
-        if broken:
-            file, cure = self.base.path, "the checkpoint is broken: use another copy of it"
-        return FormatError("holds NaN or infinite values", file=file, key=title, hint=cure)
+        file, cure = (self.base.path, STORED) if broken else (self.tuned.path, TRAINED)
+        return not_finite(title, cure).with_file(file)
 
     def others(self) -> Iterator[tuple[str, LazyTensor, LazyTensor]]:
         """Parameters beside weights and biases that no table names (a modulation, a scale): titles, BASE's, TUNED's."""
